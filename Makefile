@@ -1,0 +1,77 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11+, a C++ compiler and make.
+# PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 the version of torch; a change of either reinstalls.
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+# A CPU build of torch does not name the Triton it was released with, so this does.
+torch_minor = $(word 1,$(version)).$(word 2,$(version))
+version = $(subst ., ,$(patsubst torch==%,%,$(TORCH)))
+TRITON_2.11 = triton==3.6.*
+TRITON_2.12 = triton==3.7.*
+TRITON_2.13 = $(shell grep '^triton==' constraints.txt)
+TRITON ?= $(or $(TRITON_$(torch_minor)),triton)
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+# The stamps carry a checksum of the choice, so that another choice has no stamp yet.
+checksum = $(firstword $(shell echo '$(1)' | cksum))
+PYTHON_STAMP := $(VENV)/.python-$(call checksum,$(PYTHON))
+PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
+PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
+
+.PHONY: help setup demo test test-slow test-all lint format clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F ': ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: $(PACKAGE_STAMP) ## create .venv with everything installed and built
+
+$(PYTHON_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trsp_fast needs Python 3.11 or newer, but '$(PYTHON)' is not: choose one with PYTHON=." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "'$(PYTHON)' cannot make virtual environments: install ensurepip (Debian: apt install python3-venv)." >&2; exit 1; }
+	@echo "setup: creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(PACKAGE_STAMP): $(PYTHON_STAMP) $(PACKAGE_SOURCES)
+	@rm -f $(VENV)/.package-*
+	@{ grep -vE '^(torch|triton)==' constraints.txt; printf '%s\n' '$(TORCH)' '$(TRITON)'; } > $(VENV)/constraints.txt
+	@echo "setup: installing $(TORCH), $(TRITON) and the build tools (minutes the first time)"
+	@$(PIP) '$(TORCH)' setuptools cmake ninja pybind11
+	@echo "setup: building the C++ extensions and installing trsp_fast with its other packages"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@ls trsp_fast/_C.*.so > /dev/null 2>&1 || \
+		echo "setup: no C++ compiler was found (or TRSP_FAST_NO_EXTENSIONS is set), so trsp_fast runs without its C++ extensions."
+	@touch $@
+
+demo: setup ## prune the built-in model and write its checkpoint and report to build/demo
+	@rm -rf $(DEMO)
+	@$(BIN)/trsp-fast demo --out $(DEMO)
+
+test: setup ## the tests without the slow ones
+	@$(BIN)/pytest -m "not slow"
+
+# pytest exits with 5 when no test is marked slow.
+test-slow: setup ## the slow tests
+	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
+
+lint: setup ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy trsp_fast
+
+test-all: test test-slow lint ## test, test-slow and lint
+
+format: setup ## reformat the Python files
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove what was built; the environment stays until `rm -rf .venv`
+	@rm -rf build dist *.egg-info trsp_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f $(VENV)/.package-*

@@ -1,0 +1,160 @@
+"""Removal: exact for every family of this release, sharing storage, and refusing what it cannot do."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    JambaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from trsp_fast.errors import UserError
+from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+GATED_MLP = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}
+
+FAMILIES = {
+    "llama": LlamaConfig(**GATED_MLP, rope_theta=500000.0),
+    "mistral": MistralConfig(**GATED_MLP, sliding_window=6),
+    "qwen2": Qwen2Config(**GATED_MLP, **SLIDING),
+    "qwen3": Qwen3Config(**GATED_MLP, **SLIDING, head_dim=8),
+    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "opt-350m-style": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "phi": PhiConfig(**SMALL, intermediate_size=48),
+    "gpt2": GPT2Config(
+        vocab_size=97,
+        n_embd=32,
+        n_head=4,
+        n_layer=8,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "gpt-neox": GPTNeoXConfig(**SMALL, intermediate_size=48),
+}
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
+
+
+@pytest.mark.parametrize("removed", [[0], [1, 4, 6], [7]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_in_memory_and_on_disk(family, removed, tmp_path):
+    model = build(family)
+    small = remove_layers(model, removed)
+    checks = verify_removal(model, small, removed)
+    small.save_pretrained(tmp_path)
+    checks += verify_checkpoint(small, tmp_path)[0]
+    require(checks)
+    assert small.config.num_hidden_layers == 8 - len(removed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["residual", "output"])
+def test_gates_work_on_every_family(family, mode):
+    model, tokens = build(family), torch.arange(24).view(2, 12)
+    expected = model(input_ids=tokens, use_cache=False).logits
+    with LayerGates(model, mode=mode) as gates:
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, expected)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        assert gates.values.grad.abs().min() >= 0
+        assert gates.values.grad.count_nonzero() >= 7
+        assert len(gates.norms()) == 8
+
+
+def test_parameters_keep_their_storage_and_ties(llama):
+    small = remove_layers(llama, [2])
+    before = {p.data_ptr() for p in llama.parameters()}
+    assert {p.data_ptr() for p in small.parameters()} <= before
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert small.model.layers[2].mlp.up_proj.weight is llama.model.layers[3].mlp.up_proj.weight
+    assert not any(t.is_meta for t in [*small.parameters(), *small.buffers()])
+
+
+def test_untied_heads_stay_untied():
+    model = tiny_llama(tie_word_embeddings=False)
+    small = remove_layers(model, [0, 5])
+    assert small.lm_head.weight is model.lm_head.weight
+    assert small.lm_head.weight.data_ptr() != small.model.embed_tokens.weight.data_ptr()
+
+
+def test_what_a_model_is_set_to_is_kept():
+    model = tiny_llama(dtype="bfloat16").to(torch.bfloat16).train()
+    model.generation_config.temperature = 0.5
+    model.model.layers[3].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    small = remove_layers(model, [1])
+    assert small.dtype == torch.bfloat16
+    assert small.config.dtype == torch.bfloat16
+    assert small.training
+    assert [layer.training for layer in small.model.layers] == [True, True, False, True, True]
+    assert small.generation_config.temperature == 0.5
+    assert not small.model.embed_tokens.weight.requires_grad
+    assert small.config._attn_implementation == model.config._attn_implementation
+
+
+def test_the_old_model_stays_usable(llama, tokens):
+    expected = llama(input_ids=tokens).logits
+    remove_layers(llama, [0, 3])
+    assert torch.equal(llama(input_ids=tokens).logits, expected)
+    assert llama.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([6], "does not exist"), ([1, 1], "named 2 times"), ([], "0 of 6"), (range(6), "6 of 6")]
+)
+def test_bad_layers_are_refused(llama, layers, message):
+    with pytest.raises(UserError, match=message):
+        remove_layers(llama, layers)
+
+
+def test_other_architectures_are_refused():
+    size = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "vocab_size": 50,
+    }
+    with pytest.raises(UserError, match="not a causal language model"):
+        remove_layers(BertForMaskedLM(BertConfig(**size)), [1])
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=3, vocab_size=50))
+    with pytest.raises(UserError, match="encoder-decoder"):
+        remove_layers(t5, [1])
+
+
+def test_a_periodic_hybrid_is_refused():
+    config = JambaConfig(
+        **GATED_MLP, use_mamba_kernels=False, num_experts=2, mamba_dt_rank=4, attn_layer_period=4, attn_layer_offset=2
+    )
+    with pytest.raises(UserError, match="jamba is not supported"):
+        remove_layers(AutoModelForCausalLM.from_config(config), [1])

@@ -1,0 +1,173 @@
+"""Stage 1: the mechanism, against quantities computed by hand."""
+
+import pytest
+import torch
+
+from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.objective import mean_loss
+from trsp_fast.errors import CheckFailed, UserError
+from trsp_fast.models.gates import LayerGates, bypassed
+from trsp_fast.run.events import Events
+from trsp_fast.select import choose_layers
+
+
+def config(count=2, **select):
+    base = {"steps_per_round": 3, "shortlist": 0}
+    return TRSPConfig.from_dict({"num_layers": count, "data": {"batch": 4}, "select": {**base, **select}})
+
+
+def choose(model, tokens, settings, listener=None):
+    return choose_layers(model, tokens, settings, Events(*([listener] if listener else [])))
+
+
+@pytest.fixture
+def quiet_layer(llama):
+    """Layer 3 hardly does anything: every sensible method must choose it first."""
+    for module in (llama.model.layers[3].self_attn.o_proj, llama.model.layers[3].mlp.down_proj):
+        module.weight.data.mul_(1e-3)
+    return llama
+
+
+@pytest.mark.parametrize("schedule", ["iterative", "oneshot"])
+def test_the_layer_that_does_nothing_has_the_least_curvature(quiet_layer, tokens, schedule):
+    selection = choose(quiet_layer, tokens, config(rank="fisher", schedule=schedule))
+    assert selection.layers[0] == 3
+    assert len(set(selection.layers)) == 2
+
+
+@pytest.mark.parametrize("mode", ["residual", "output"])
+@pytest.mark.parametrize("schedule", ["iterative", "oneshot"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "natural"])
+def test_history_holds_every_gate_gradient_distance_and_loss(llama, tokens, mode, schedule, optimizer):
+    settings = config(gate_mode=mode, schedule=schedule, optimizer=optimizer, lr=0.01, rank="magnitude")
+    selection = choose(llama, tokens, settings)
+    history = selection.history
+    assert len(history) == (6 if schedule == "iterative" else 3)
+    for entry in history:
+        gone = set(selection.layers[: entry["round"]]) | ({5} if mode == "output" else set())
+        for name in ("gates", "gradients", "D"):
+            assert {i for i, v in enumerate(entry[name]) if v is None} == gone, name
+        rows = torch.tensor([[v or 0.0 for v in row] for row in entry["sequence_gradients"]])
+        mean = torch.tensor([v or 0.0 for v in entry["gradients"]])
+        torch.testing.assert_close(rows.mean(0), mean, rtol=1e-4, atol=1e-6)
+        alive = [v for v in entry["gates"] if v is not None]
+        assert entry["loss"] == pytest.approx(entry["lm_loss"] + 5e-4 * sum(map(abs, alive)), rel=1e-5)
+    assert len(set(selection.layers)) == 2
+    last = history[-1]["gates"]
+    if optimizer == "adam":
+        assert all(abs(v - 1) < 0.1 for v in last if v is not None)
+
+
+def test_the_first_steps_gradient_is_the_gates_own(llama, tokens):
+    settings = config(count=1, optimizer="sgd", lr=0.1, lambda1=0.0)
+    entry = choose(llama, tokens[:4], settings).history
+    with LayerGates(llama, mode="residual") as gates:
+        loss = llama(input_ids=tokens[:4], labels=tokens[:4]).loss
+        loss.backward()
+    torch.testing.assert_close(torch.tensor(entry[0]["gradients"]), gates.values.grad, rtol=1e-4, atol=1e-6)
+    assert entry[0]["lm_loss"] == pytest.approx(float(loss), rel=1e-5)
+    moved = torch.tensor(entry[1]["gates"])
+    torch.testing.assert_close(moved, 1 - 0.1 * gates.values.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_natural_step_divides_by_the_second_moment(llama, tokens):
+    settings = config(count=1, optimizer="natural", lr=0.5, lambda1=1e-3)
+    history = choose(llama, tokens[:4], settings).history
+    rows = torch.tensor(history[0]["sequence_gradients"])
+    step = 0.5 * (rows.mean(0) + 1e-3) / (rows.square().mean(0) + 1e-4)
+    torch.testing.assert_close(torch.tensor(history[1]["gates"]), 1 - step, rtol=1e-4, atol=1e-5)
+
+
+def test_the_l1_term_pulls_gates_to_zero(llama, tokens):
+    weak = choose(llama, tokens, config(count=1, optimizer="sgd", lr=0.1, lambda1=0.0)).history[-1]["gates"]
+    strong = choose(llama, tokens, config(count=1, optimizer="sgd", lr=0.1, lambda1=2.0)).history[-1]["gates"]
+    assert all(s < w - 0.2 for s, w in zip(strong, weak, strict=True))
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_gates_are_reset_or_carried_between_rounds(llama, tokens, reset):
+    history = choose(llama, tokens, config(optimizer="sgd", lr=0.1, lambda1=1.0, reset_gates=reset)).history
+    first_of_second_round = next(entry for entry in history if entry["round"] == 1)["gates"]
+    assert all(value == 1.0 for value in first_of_second_round if value is not None) == reset
+
+
+def test_the_smallest_gate_goes_by_magnitude(llama, tokens):
+    selection = choose(llama, tokens, config(count=1, optimizer="sgd", lr=0.5, lambda1=0.1, rank="magnitude"))
+    with LayerGates(llama) as gates:
+        assert len(gates.values) == 6
+    rounds = []
+    choose(
+        llama,
+        tokens,
+        config(count=1, optimizer="sgd", lr=0.5, lambda1=0.1, rank="magnitude"),
+        lambda k, v: rounds.append((k, v)),
+    )
+    gate = next(v["gate"] for k, v in rounds if k == "round")
+    before = selection.history[-1]["gates"]
+    assert gate <= min(before) + 0.5  # one step after the last entry
+    assert selection.layers == [next(v["layer"] for k, v in rounds if k == "round")]
+
+
+def test_a_shortlist_of_all_layers_is_one_round_of_sleb(llama, tokens):
+    selection = choose(llama, tokens, config(count=1, shortlist=6))
+    losses = []
+    for layer in range(6):
+        with bypassed(llama, [layer]):
+            losses.append(mean_loss(llama, tokens))
+    assert selection.layers == [losses.index(min(losses))]
+
+
+def test_weights_stay_frozen_and_untouched_by_default(llama, tokens):
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    llama.model.norm.weight.requires_grad_(False)
+    choose(llama, tokens, config())
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+    assert [name for name, p in llama.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_weights_learn_with_the_gates_when_asked_and_the_jump_is_logged(llama, tokens):
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    seen = []
+    settings = config(train_weights=True, optimizer="adam", lr=1e-2, weights_lr=1e-3)
+    choose(llama, tokens, settings, lambda kind, values: seen.append((kind, values)))
+    assert any(not torch.equal(p, before[name]) for name, p in llama.named_parameters())
+    jump = dict(seen)["gates_discarded"]
+    assert jump["loss_with_gates"] != jump["loss_without_gates"]
+
+
+def test_protected_layers_carry_no_gate(llama, tokens):
+    selection = choose(llama, tokens, config(protect_first=2, protect_last=2, lambda1=1.0))
+    assert set(selection.layers) == {2, 3}
+    assert selection.history[0]["gates"][0] is None
+    assert selection.history[0]["gates"][5] is None
+
+
+def test_too_much_protection_is_refused(llama, tokens):
+    with pytest.raises(UserError, match="2 layers are to go but only 1 of 6 are not protected"):
+        choose(llama, tokens, config(protect_first=3, protect_last=2))
+
+
+def test_output_mode_protects_the_last_layer_and_says_so(llama, tokens):
+    notes = []
+    settings = config(gate_mode="output", lambda1=5.0, optimizer="sgd", lr=0.1, rank="magnitude", count=3)
+    selection = choose(llama, tokens, settings, lambda kind, values: notes.append(values.get("text", "")))
+    assert 5 not in selection.layers
+    assert any("layer 5 carries no gate" in note for note in notes)
+
+
+def test_in_output_mode_the_last_gate_has_no_gradient(llama, tokens):
+    """Why it is protected: the final norm removes the last layer's scale."""
+    with LayerGates(llama, mode="output") as gates:
+        llama(input_ids=tokens, labels=tokens).loss.backward()
+    assert gates.values.grad[5].abs() < 1e-3 * gates.values.grad.abs().max()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(llama, tokens):
+    with pytest.raises(CheckFailed, match="loss is nan in round 0"):
+        choose(llama, tokens, config(optimizer="sgd", lr=1e38, lambda1=1e38))
+
+
+def test_same_seed_same_choice_to_the_bit(llama, tokens):
+    one, two = (choose(llama, tokens, config()).history for _ in range(2))
+    assert one == two

@@ -1,0 +1,340 @@
+"""The command line as a user meets it: every command, and every mistake as one sentence that leaves nothing behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from trsp_fast import cli
+
+QUICK = [
+    "--set",
+    "data.samples=8",
+    "--set",
+    "data.batch=4",
+    "--set",
+    "select.steps_per_round=1",
+    "--set",
+    "transfer.epochs=1",
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trsp-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tiny_llama(layers=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file({"tokens": torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))}, path)
+    return path
+
+
+def test_prune_writes_a_checkpoint_that_plain_transformers_loads(run, model, tokens, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = run("prune", model, "--num-layers", 2, "--data", tokens, "--out", out, *QUICK)
+    assert code == 0
+    pruned, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert pruned.config.num_hidden_layers == 3
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert "export proven" in text
+    report = json.loads((out / "report.json").read_text())
+    assert report["proven"]
+    assert report["layers_after"] == 3
+    assert report["data"] == str(tokens)
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    events = [json.loads(line)["event"] for line in (out / ".trsp" / "events.jsonl").read_text().splitlines()]
+    assert events.count("select_step") == 2
+    assert "transfer_step" in events
+    assert json.loads((out / ".trsp" / "run.json").read_text())["config"]["num_layers"] == 2
+    code, _, _ = run("verify", model, out, "--removed", ",".join(map(str, report["removed_layers"])))
+    assert code == 0
+    wrong = next(layer for layer in range(5) if layer not in report["removed_layers"])
+    code, _, error = run("verify", model, out, "--removed", str(wrong))
+    assert code == 1
+    assert "not proven" in error
+
+
+def test_prune_json_is_one_object_with_every_number(run, model, tokens, tmp_path):
+    code, text, _ = run("prune", model, "--ratio", 0.2, "--data", tokens, "--out", tmp_path / "o", "--json", *QUICK)
+    assert code == 0
+    answer = json.loads(text)
+    assert set(answer["perplexity"]) == {"dense", "cut", "transferred", "pruned"}
+    assert answer["removed_layers"] == json.loads((tmp_path / "o" / "report.json").read_text())["removed_layers"]
+
+
+def test_prune_without_stage_2_keeps_every_byte(run, model, tokens, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--layers", "1,3", "--set", "transfer.epochs=0")
+    assert run("prune", model, "--data", tokens, "--out", out, *QUICK, *arguments)[0] == 0
+    source, pruned = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    kept = [0, 2, 4]
+    assert len(pruned) == len(source) - 2 * 9
+    for name, tensor in pruned.items():
+        old = name
+        if name.startswith("model.layers."):
+            index = int(name.split(".")[2])
+            old = name.replace(f"layers.{index}.", f"layers.{kept[index]}.")
+        assert torch.equal(tensor, source[old]), name
+
+
+def test_remove_and_verify_real_model(run, stories_folder, tmp_path):
+    out = tmp_path / "out"
+    assert run("remove", stories_folder, "--layers", "2", "--out", out)[0] == 0
+    assert (out / "tokenizer.json").exists()
+    assert run("verify", stories_folder, out, "--removed", "2")[0] == 0
+    assert run("verify", stories_folder, out, "--removed", "3")[0] == 1
+
+
+def test_prune_and_eval_real_text(run, stories_folder, stories_text, tmp_path):
+    out = tmp_path / "out"
+    code, text, error = run(
+        "prune", stories_folder, "--num-layers", 1, "--data", stories_text, "--out", out, "--json", *QUICK
+    )
+    assert code == 0, error
+    perplexity = json.loads(text)["perplexity"]
+    assert 3 < perplexity["dense"] < 6
+    assert perplexity["cut"] > perplexity["dense"]
+    code, text, _ = run("eval", stories_folder, "--data", stories_text, "--json", "--seq-len", 256)
+    assert code == 0
+    assert json.loads(text)["perplexity"] == pytest.approx(4.67, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["trsp", "shortgpt", "sleb", "last", "first", "random"])
+def test_select(run, model, tokens, method):
+    code, text, _ = run("select", model, "--num-layers", 2, "--method", method, "--data", tokens, "--json", *QUICK[:6])
+    assert code == 0
+    assert len(json.loads(text)["layers"]) == 2
+
+
+def test_report_is_written_again(run, model, tokens, tmp_path):
+    out = tmp_path / "out"
+    run("prune", model, "--layers", "1", "--data", tokens, "--out", out, *QUICK)
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert run("report", out)[0] == 0
+    assert (out / "report.html").read_text() == before
+
+
+def test_quality_bound_stops_before_writing(run, model, tokens, tmp_path):
+    bound = ("--set", "quality.max_perplexity_ratio=0.01")
+    code, _, error = run("prune", model, "--num-layers", 1, "--data", tokens, "--out", tmp_path / "out", *QUICK, *bound)
+    assert code == 1
+    assert "quality.max_perplexity_ratio allows 0.01" in error
+    assert not (tmp_path / "out").exists()
+
+
+def bad_models(folder):
+    """Folders that are wrong in one way each."""
+    size = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 50,
+    }
+    BertForMaskedLM(BertConfig(**size)).save_pretrained(folder / "bert")
+    T5ForConditionalGeneration(
+        T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=2, vocab_size=9)
+    ).save_pretrained(folder / "t5")
+    broken = tiny_llama(layers=5)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(folder / "nan")
+    (folder / "empty").mkdir()
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    bad_models(folder)
+    (folder / "empty.txt").write_text("  \n")
+    (folder / "short.txt").write_text("a")
+    (folder / "table.jsonl").write_text('{"words": 1}\n')
+    (folder / "broken.jsonl").write_text("{nope\n")
+    (folder / "unknown.yaml").write_text("transfer:\n  speed: 1\n")
+    (folder / "wrong.yaml").write_text("transfer:\n  lr: quick\n")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    save_file({"tokens": torch.full((4, 16), 500)}, folder / "vocabulary.safetensors")
+    save_file({"tokens": torch.zeros(4, 16)}, folder / "floats.safetensors")
+    return folder
+
+
+ROWS = {
+    "no model": (["{bad}/none"], "model '{bad}/none' cannot be loaded"),
+    "no config": (["{bad}/empty"], "has no config.json"),
+    "not causal": (["{bad}/bert"], "BertForMaskedLM is not a causal language model"),
+    "encoder-decoder": (["{bad}/t5"], "T5ForConditionalGeneration is an encoder-decoder"),
+    "nan weights": (["{bad}/nan"], "weight model.layers.1.mlp.up_proj.weight has 1 values that are not finite"),
+    "ratio and layers": (["--layers", "1"], "ratio and layers were both given"),
+    "ratio 0": (["--ratio", "0"], "ratio is 0.0"),
+    "ratio 1": (["--ratio", "1"], "ratio is 1.0"),
+    "ratio -1": (["--ratio=-1"], "ratio is -1.0"),
+    "ratio rounds to none": (["--ratio", "0.05"], "comes to none"),
+    "ratio rounds to all": (["--ratio", "0.95"], "comes to all"),
+    "ratio is text": (["--ratio", "many"], "'many' is not a valid float"),
+    "layer out of range": (["--no-ratio", "--layers", "9"], "layer 9 does not exist; this model has layers 0 to 4"),
+    "layer repeated": (["--no-ratio", "--layers", "1,1"], "layer 1 is named 2 times"),
+    "layers are text": (["--no-ratio", "--layers", "one"], "layers are 'one'"),
+    "nothing to remove": (["--no-ratio"], "nothing says how much to remove"),
+    "no data": (["--data", "{bad}/none.txt"], "does not exist"),
+    "no text field": (["--data", "{bad}/floats.safetensors"], "needs an integer tensor tokens"),
+    "foreign tokens": (["--data", "{bad}/vocabulary.safetensors"], "the data has token 500, the model knows 0 to 96"),
+    "sequence longer than the context": (
+        ["--set", "data.seq_len=65"],
+        "data.seq_len is 65, longer than the model's context of 64",
+    ),
+    "windows shorter than the sequence": (
+        ["--set", "data.seq_len=32"],
+        "the data has windows of 16 tokens, 32 are wanted",
+    ),
+    "output not empty": (["--out", "{bad}/full"], "is not empty"),
+    "output is a file": (["--out", "{bad}/full/file"], "is a file"),
+    "output not writable": (["--out", "/proc/trsp/out"], "cannot be created"),
+    "unknown field": (["--config", "{bad}/unknown.yaml"], "transfer.speed is not a field"),
+    "wrong type": (["--config", "{bad}/wrong.yaml"], "transfer.lr is 'quick'; it must be a number"),
+    "no configuration": (["--config", "{bad}/none.yaml"], "cannot be read"),
+    "unknown setting": (["--set", "transfer.speed=1"], "transfer.speed is not a field"),
+    "unknown preset": (["--preset", "best"], "preset is 'best'"),
+    "unknown device": (["--device", "toaster"], "device 'toaster' cannot be used"),
+    "unknown option": (["--fast"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_is_one_sentence_and_leaves_nothing(run, model, tokens, bad, tmp_path, row):
+    changes, message = ROWS[row]
+    changes = [part.format(bad=bad) for part in changes]
+    subject = changes.pop(0) if changes and changes[0].startswith(str(bad)) else model
+    amount = [] if "--no-ratio" in changes else ["--ratio", "0.4"]
+    changes = [part for part in changes if part != "--no-ratio"]
+    arguments = [*amount, "--data", tokens, "--out", tmp_path / "out", *changes]
+    code, _, error = run("prune", subject, *arguments)
+    assert code == 2
+    assert message.format(bad=bad) in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    assert error.startswith("trsp-fast: ")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.txt", "is empty"),
+        ("short.txt", "less than one window"),
+        ("table.jsonl", "every row needs a field text or messages"),
+        ("broken.jsonl", "cannot be read"),
+        ("none.txt", "does not exist; give a path, or one of demo, wikitext2"),
+    ],
+)
+def test_bad_text_is_one_sentence(run, stories_folder, bad, tmp_path, name, message):
+    code, _, error = run("prune", stories_folder, "--num-layers", 1, "--data", bad / name, "--out", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+
+
+def test_a_model_without_tokenizer_cannot_read_text(run, model, bad, tmp_path):
+    code, _, error = run("prune", model, "--num-layers", 1, "--data", bad / "short.txt", "--out", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "no usable tokenizer" in error
+
+
+def test_no_space_is_one_sentence(run, model, tokens, tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trsp_fast.pruner.save_checkpoint", full)
+    code, _, error = run("prune", model, "--num-layers", 1, "--data", tokens, "--out", tmp_path / "out", *QUICK)
+    assert code == 2
+    assert "no space left" in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_really_full_disk_leaves_nothing(run, stories_folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        code, _, error = run("remove", stories_folder, "--layers", "2", "--out", disk / "out")
+        left = os.listdir(disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert code == 2
+    assert "no space left" in error
+    assert left == []
+
+
+def test_ctrl_c_exits_130_without_a_traceback(model, tokens, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "trsp_fast", "prune", model, "--num-layers", "1", "--data", tokens, "--out", out]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen([*command, "--set", "transfer.epochs=100000"], **options)
+    for line in process.stdout:
+        if "stage 2" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "trsp-fast: interrupted; nothing was written.\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_console_script_and_the_module_are_the_same():
+    script = shutil.which("trsp-fast", path=os.path.dirname(sys.executable))
+    assert script, "the console script is not installed beside the interpreter"
+    texts = [
+        subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout.replace(
+            "python -m trsp_fast", "trsp-fast"
+        )
+        for command in ([script], [sys.executable, "-m", "trsp_fast"])
+    ]
+    for name in ("demo", "prune", "select", "remove", "verify", "eval", "report"):
+        assert all(f" {name} " in text for text in texts)
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = """
+import sys
+sys.argv = ["trsp-fast", "--help"]
+from trsp_fast.cli import main
+try:
+    main()
+except SystemExit:
+    print({"torch", "transformers"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("set()")

@@ -1,0 +1,146 @@
+"""Stage 2: schedules, penalty and objectives by hand, and that it does what it is for."""
+
+import copy
+
+import pytest
+import torch
+
+from trsp_fast.config import TransferConfig, TRSPConfig
+from trsp_fast.engine.objective import mean_loss
+from trsp_fast.errors import CheckFailed
+from trsp_fast.models.gates import LayerGates, bypassed
+from trsp_fast.transfer import gate_at, lambda2_at, learning_rate_factor, transfer
+
+PLAIN = {
+    "objective": "lm",
+    "gate": "none",
+    "lambda2": 0.0,
+    "epochs": 2,
+    "lr": 1e-3,
+    "warmup": 0.0,
+    "detach_input": False,
+}
+
+
+def config(**changes):
+    return TRSPConfig.from_dict({"num_layers": 2, "data": {"batch": 4}, "transfer": {**PLAIN, **changes}})
+
+
+def distances(model, tokens, layers, norm="l2"):
+    with torch.no_grad(), LayerGates(model, mode=None, layers=layers) as gates:
+        model(input_ids=tokens, use_cache=False)
+        return {layer: float(d) for layer, d in gates.distances(norm).items()}
+
+
+def test_the_first_step_is_adamw_on_loss_plus_penalty_written_out(llama, tokens):
+    twin, layers = copy.deepcopy(llama), [1, 4]
+    tokens = tokens[:4]
+    history = transfer(llama, tokens, layers, config(lambda2=0.7, epochs=1, clip=0.5))
+    states = twin(input_ids=tokens, labels=tokens, output_hidden_states=True)
+    hidden = states.hidden_states
+    penalty = sum((hidden[i + 1] - hidden[i]).square().flatten(1).mean(1).sqrt().mean() for i in layers)
+    (states.loss + 0.7 * penalty).backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+    torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0).step()
+    assert len(history) == 1
+    assert history[0]["penalty"] == pytest.approx(0.7 * float(penalty.detach()), rel=1e-4)
+    assert history[0]["loss"] == pytest.approx(float((states.loss + 0.7 * penalty).detach()), rel=1e-4)
+    assert history[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+    for one, other in zip(llama.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "frobenius"])
+def test_history_names_the_distance_that_is_penalised(llama, tokens, norm):
+    before = distances(llama, tokens[:4], [1, 4], norm)
+    entry = transfer(llama, tokens[:4], [1, 4], config(norm=norm, lambda2=0.1, epochs=1))[0]
+    assert entry["D"] == pytest.approx(before, rel=1e-4)
+    assert entry["penalty"] == pytest.approx(0.1 * sum(before.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("norm", ["l1", "l2", "frobenius"])
+def test_the_penalty_makes_the_layers_removable(llama, tokens, norm, detach):
+    before = distances(llama, tokens, [1, 4])
+    scale = 0.01 if norm == "frobenius" else 1.0
+    transfer(llama, tokens, [1, 4], config(norm=norm, lambda2=3.0 * scale, epochs=40, detach_input=detach, lr=3e-3))
+    after = distances(llama, tokens, [1, 4])
+    assert all(after[layer] < 0.5 * before[layer] for layer in (1, 4)), (before, after)
+
+
+def test_annealed_gates_make_the_cut_change_nothing(llama, tokens):
+    history = transfer(llama, tokens, [1, 4], config(gate="anneal", hold=0.5, objective="distill", epochs=4))
+    assert history[0]["gate"] == 1
+    assert [entry["gate"] for entry in history[4:]] == [0.0] * 4
+    assert all(entry["D"][1] is None for entry in history[4:])
+    with bypassed(llama, [1, 4]):
+        cut = mean_loss(llama, tokens)
+    with LayerGates(llama, mode="residual", layers=[1, 4]) as gates:
+        gates.values.data.fill_(0)
+        assert mean_loss(llama, tokens) == pytest.approx(cut, abs=1e-6)
+
+
+def test_gate_and_penalty_act_together(llama, tokens):
+    history = transfer(llama, tokens, [2], config(gate="anneal", hold=0.25, lambda2=1.0, epochs=20, lr=3e-3))
+    assert history[-1]["gate"] == 0
+    assert history[-1]["D"][2] < 0.5 * history[0]["D"][2]
+
+
+def test_distillation_pulls_towards_the_untouched_model(llama, tokens):
+    """From the untouched model itself the first loss is 0; with layers cut first it falls."""
+    first = transfer(copy.deepcopy(llama), tokens, [1], config(objective="distill", epochs=1))[0]
+    assert first["loss"] == pytest.approx(0, abs=1e-5)
+    history = transfer(llama, tokens, [1], config(objective="distill", gate="anneal", hold=1.0, epochs=30, lr=3e-3))
+    assert history[0]["loss"] > 0.05
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_cut_first_leaves_the_cut_layers_untouched(llama, tokens):
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    transfer(llama, tokens, [1, 4], config(gate="anneal", hold=1.0))
+    changed = {name for name, p in llama.named_parameters() if not torch.equal(p, before[name])}
+    assert not any(name.startswith(("model.layers.1.", "model.layers.4.")) for name in changed)
+    assert any(name.startswith("model.layers.2.") for name in changed)
+
+
+def test_no_epochs_no_change(llama, tokens):
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    assert transfer(llama, tokens, [1], config(epochs=0)) == []
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+def test_low_precision_weights_train_as_fp32_copies(llama, tokens):
+    model = llama.to(torch.bfloat16)
+    inv_freq = model.model.rotary_emb.inv_freq.clone()
+    before = mean_loss(model, tokens)
+    history = transfer(model, tokens, [1], config(epochs=20, lr=2e-3))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, inv_freq)
+    assert history[-1]["lm_loss"] < before - 0.2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_weights(llama, tokens):
+    llama.train().requires_grad_(True)
+    with pytest.raises(CheckFailed, match="stage 2"):
+        transfer(llama, tokens, [1], config(lr=1e30, clip=0.0, epochs=4))
+    assert llama.training
+
+
+@pytest.mark.parametrize(
+    ("hold", "expected"), [(0.0, [1, 0.75, 0.5, 0.25]), (0.5, [1, 0.5, 0, 0]), (1.0, [0, 0, 0, 0])]
+)
+def test_gate_schedule(hold, expected):
+    settings = TransferConfig(gate="anneal", hold=hold)
+    assert [gate_at(settings, step, 4) for step in range(4)] == pytest.approx(expected)
+
+
+def test_lambda_schedule():
+    assert [lambda2_at(TransferConfig(lambda2=2.0, lambda_schedule="grow"), s, 4) for s in range(4)] == [0.5, 1, 1.5, 2]
+    assert lambda2_at(TransferConfig(lambda2=2.0, lambda_schedule="constant"), 0, 4) == 2
+
+
+def test_learning_rate_warms_up_and_decays():
+    factors = [learning_rate_factor(0.2, step, 10) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1 / 8)
+    assert [learning_rate_factor(0.0, step, 2) for step in range(2)] == [1.0, 0.5]

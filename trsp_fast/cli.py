@@ -1,0 +1,407 @@
+"""The command line: arguments in, one sentence or a table out. Every command is a thin face of a public function."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trsp_fast.errors import CheckFailed, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Take whole transformer layers out of language models, and prove the result.",
+)
+
+EVALUATION_WINDOWS = 128  # windows that prune and demo measure perplexity on; `eval` takes all
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the result: new or empty.")]
+Data = Annotated[str, typer.Option("--data", help="demo, wikitext2, c4, ptb, alpaca or a path.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that the model brings along.")]
+Layers = Annotated[str | None, typer.Option("--layers", help="Layers to remove, for example 3,6,9; skips stage 1.")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Share of the layers to remove, between 0 and 1.")]
+NumLayers = Annotated[int | None, typer.Option("--num-layers", help="Number of layers to remove.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code or cut-first.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML or JSON file with fields of the configuration.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="One field, for example transfer.norm=l1; repeatable.")
+]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluate on this instead of a part of --data.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the result; demo-pruned by default.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    preset: Preset = None,
+    settings: Settings = None,
+) -> None:
+    """Prune 3 of the 12 layers of the built-in model, start to report."""
+    from trsp_fast.data import demo_model
+
+    out = out or Path("demo-pruned")
+    if not (demo_model() / "config.json").exists():
+        raise UserError(f"the built-in model is missing at {demo_model()}; install the package again.")
+    values = _values(None, 3, None, seed, preset, None, ["data.samples=512", *(settings or [])], device, dtype)
+    _prune(str(demo_model()), "demo", None, out, values, as_json, title="the built-in demo model")
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    data: Data,
+    ratio: Ratio = None,
+    num_layers: NumLayers = None,
+    layers: Layers = None,
+    eval_data: EvalData = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Choose layers, move their knowledge out, remove them, prove the result and write it."""
+    values = _values(ratio, num_layers, layers, seed, preset, config, settings, device, dtype)
+    _prune(model, data, eval_data, out, values, as_json, revision=revision, remote_code=allow_remote_code)
+
+
+@app.command()
+def select(
+    model: Model,
+    data: Data,
+    ratio: Ratio = None,
+    num_layers: NumLayers = None,
+    method: Annotated[str, typer.Option("--method", help="trsp, shortgpt, sleb, last, first or random.")] = "trsp",
+    config: ConfigFile = None,
+    settings: Settings = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Say which layers a method would remove."""
+    from trsp_fast.config import TRSPConfig
+    from trsp_fast.select import choose_layers
+
+    settings = [*(settings or []), f"select.method={method}"]
+    values = _values(ratio, num_layers, None, seed, preset, config, settings, device, dtype)
+    chosen_config = TRSPConfig.from_dict(values)
+    loaded = _load(model, chosen_config, revision, allow_remote_code)
+    tokens, _ = _tokens(loaded, model, data, None, chosen_config, revision, allow_remote_code)
+    selection = choose_layers(loaded, tokens, chosen_config, _events(as_json))
+    layers = sorted(selection.layers)
+    answer = {
+        "method": method,
+        "layers": layers,
+        "order_of_choice": selection.layers,
+        "window_forwards": selection.window_forwards,
+    }
+    _print(answer, as_json, f"{method} removes layers {', '.join(map(str, layers))}")
+
+
+@app.command()
+def remove(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name.")],
+    layers: Layers = None,
+    out: Out = Path("pruned"),
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Remove layers from a checkpoint as they are, and prove the result."""
+    from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
+    from trsp_fast.models.removal import remove_layers
+    from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
+    from trsp_fast.run.state import staged_output
+
+    removed = _layer_list(layers)
+    with staged_output(out) as stage:
+        model = load_model(checkpoint, device="cpu", revision=revision, remote_code=allow_remote_code)
+        try:
+            tokenizer = load_tokenizer(checkpoint, revision=revision, remote_code=allow_remote_code)
+        except UserError as error:
+            tokenizer = None
+            _say(f"note: {error}", as_json)
+        small = remove_layers(model, removed)
+        checks = verify_removal(model, small, removed)
+        require(checks)
+        save_checkpoint(small, stage, tokenizer)
+        on_disk, _ = verify_checkpoint(small, stage)
+        require(on_disk)
+        size = checkpoint_bytes(stage)
+    answer = {"out": str(out), "removed_layers": sorted(removed), "bytes": size, "checks": _plain(checks + on_disk)}
+    _print(answer, as_json, f"{out}: {len(removed)} layers removed, {size:,} bytes of weights, proven")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The unpruned checkpoint.")],
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned checkpoint.")],
+    removed: Annotated[str, typer.Option("--removed", help="The layers that were removed, for example 3,6,9.")],
+    trained: Annotated[
+        bool | None, typer.Option("--trained/--untrained", help="Whether weights were trained; asked of report.json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that PRUNED is CHECKPOINT without the removed layers: exit 0, or 1."""
+    from trsp_fast.models.checkpoint import load_model, read_json
+    from trsp_fast.models.verify import require, verify_checkpoints
+
+    if trained is None:
+        report = Path(pruned) / "report.json"
+        trained = bool(read_json(report).get("trained")) if report.exists() else False
+    for name in (checkpoint, pruned):
+        load_model(name, device="cpu")
+    checks = verify_checkpoints(checkpoint, pruned, _layer_list(removed), trained=trained)
+    if as_json:
+        print(json.dumps({"passed": all(c.passed for c in checks), "checks": _plain(checks)}))
+    else:
+        _table(("check", "holds", "figure"), [(c.name, "yes" if c.passed else "NO", c.detail) for c in checks])
+    require(checks)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Window; min(2048, context) by default.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model: non-overlapping windows, token-weighted mean."""
+    from trsp_fast.config import TRSPConfig
+    from trsp_fast.data import check_vocabulary, evaluation_stream, evaluation_windows, window_length
+    from trsp_fast.report.perplexity import perplexity
+
+    config = TRSPConfig.from_dict({"dtype": dtype, "device": device, "data": {"seq_len": seq_len}})
+    loaded = _load(model, config, revision, allow_remote_code)
+    stream = evaluation_stream(data, _tokenizer(model, data, revision, allow_remote_code))
+    if stream.dim() == 2 and not seq_len:
+        seq_len = stream.shape[1]
+    tokens = evaluation_windows(stream, window_length(loaded.config, seq_len))
+    check_vocabulary(tokens, loaded.config.get_text_config(decoder=True).vocab_size)
+    value = perplexity(loaded, tokens)
+    answer = {"model": model, "data": data, "perplexity": value, "tokens": tokens.numel(), "seq_len": tokens.shape[1]}
+    _print(answer, as_json, f"perplexity {value:.4f} on {tokens.numel():,} tokens in windows of {tokens.shape[1]}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by prune or demo.")],
+    as_json: Json = False,
+) -> None:
+    """Write DIR/report.html again from DIR/report.json."""
+    from trsp_fast.models.checkpoint import read_json
+    from trsp_fast.report.html import headline, write_report
+
+    path = folder / "report.json"
+    if not path.exists():
+        raise UserError(f"{str(path)!r} does not exist; give a folder written by trsp-fast prune or demo.")
+    values = read_json(path)
+    write_report(values, folder / "report.html")
+    _print({"report": str(folder / "report.html")}, as_json, f"{headline(values)}\n{folder / 'report.html'}")
+
+
+def main() -> None:
+    """Run a command; the user's mistakes end as one sentence on stderr, never as a traceback."""
+    _quiet_libraries()
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; nothing was written.", 130)
+    except UserError as error:
+        code = _fail(str(error), 2)
+    except CheckFailed as error:
+        code = _fail(str(error), 1)
+    except typer.Exit as error:
+        code = error.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(f"{error.format_message().rstrip('.')}; see trsp-fast --help.", 2)
+    sys.exit(code)
+
+
+def _prune(
+    model: str,
+    data: str,
+    eval_data: str | None,
+    out: Path,
+    values: dict[str, Any],
+    as_json: bool,
+    *,
+    revision: str | None = None,
+    remote_code: bool = False,
+    title: str | None = None,
+) -> None:
+    from trsp_fast.config import TRSPConfig
+    from trsp_fast.pruner import prune as run
+    from trsp_fast.run.state import check_output
+
+    config = TRSPConfig.from_dict(values)
+    check_output(out)
+    loaded = _load(model, config, revision, remote_code, dtype="auto")
+    tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
+    tokenizer = _tokenizer(model, data, revision, remote_code)
+    about = {
+        "model": title or model,
+        "data": data,
+        "evaluation_data": eval_data or f"the held-out part of {data}",
+        "command": shlex.join(["trsp-fast", *sys.argv[1:]]),
+    }
+    events = _events(as_json)
+    if len(tokens) < config.data.samples:
+        events.note(
+            f"the data has {len(tokens)} windows of {tokens.shape[1]} tokens, fewer than data.samples = "
+            f"{config.data.samples}; all of them are used."
+        )
+    result = run(
+        loaded, tokens, config, out=out, evaluation=evaluation, tokenizer=tokenizer, about=about, events=events
+    )
+    if as_json:
+        print(json.dumps({"out": str(out), **result.report}))
+    else:
+        from trsp_fast.report.terminal import print_result
+
+        print_result(result.report, out)
+
+
+def _values(
+    ratio: float | None,
+    num_layers: int | None,
+    layers: str | None,
+    seed: int | None,
+    preset: str | None,
+    config: Path | None,
+    settings: list[str] | None,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """The configuration's nested values; the more specific wins: file, then --set, then the options of their own."""
+    from trsp_fast.config import merge, parse_setting, read_file
+
+    options: dict[str, Any] = {"ratio": ratio, "num_layers": num_layers, "seed": seed, "preset": preset}
+    options["layers"] = None if layers is None else tuple(_layer_list(layers))
+    options |= {"device": None if device == "auto" else device, "dtype": None if dtype == "auto" else dtype}
+    given = {name: value for name, value in options.items() if value is not None}
+    from_file = read_file(config) if config else {}
+    return merge(from_file, *(parse_setting(text) for text in settings or []), given)
+
+
+def _layer_list(text: str | None) -> list[int]:
+    if not text:
+        raise UserError("no layers were named; give them as --layers 3,6,9.")
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"layers are {text!r}; give whole numbers with commas, for example 3,6,9.") from None
+
+
+def _load(model: str, config: Any, revision: str | None, remote_code: bool, dtype: str | None = None) -> Any:
+    """The model in the run's dtype, or in `dtype`."""
+    from trsp_fast.engine.precision import run_dtype
+    from trsp_fast.models.checkpoint import load_model, resolve_device
+
+    wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
+    return load_model(model, dtype=wanted, device=config.device, revision=revision, remote_code=remote_code)
+
+
+def _tokenizer(model: str, data: str, revision: str | None, remote_code: bool) -> Any:
+    from trsp_fast.models.checkpoint import load_tokenizer
+
+    try:
+        return load_tokenizer(model, revision=revision, remote_code=remote_code)
+    except UserError:
+        if data.endswith(".safetensors"):
+            return None
+        raise
+
+
+def _tokens(
+    loaded: Any, model: str, data: str, eval_data: str | None, config: Any, revision: str | None, remote_code: bool
+) -> tuple[Any, Any]:
+    """Calibration and evaluation windows for a model."""
+    from trsp_fast import data as sources
+
+    streams = sources.load_streams(data, _tokenizer(model, eval_data or data, revision, remote_code), eval_data)
+    wanted = config.data.seq_len
+    if streams.calibration.dim() == 2 and not wanted:
+        wanted = streams.calibration.shape[1]
+    length = sources.window_length(loaded.config, wanted)
+    tokens = sources.calibration_windows(streams.calibration, config.data.samples, length, config.seed)
+    evaluation = None
+    if len(streams.evaluation) and streams.evaluation.shape[-1] >= (length if streams.evaluation.dim() == 2 else 2):
+        short = min(length, streams.evaluation.shape[-1])
+        evaluation = sources.evaluation_windows(streams.evaluation, short, EVALUATION_WINDOWS)
+        sources.check_vocabulary(evaluation, loaded.config.get_text_config(decoder=True).vocab_size)
+    return tokens, evaluation
+
+
+def _events(as_json: bool) -> Any:
+    from trsp_fast.report.terminal import progress_listener
+    from trsp_fast.run.events import Events
+
+    return Events() if as_json else Events(progress_listener())
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' progress bars and advice do not belong into this tool's output."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _plain(checks: list[Any]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(check) for check in checks]
+
+
+def _print(answer: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(answer) if as_json else text)
+
+
+def _say(text: str, as_json: bool) -> None:
+    if not as_json:
+        print(text, file=sys.stderr)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from trsp_fast.report.terminal import print_table
+
+    print_table(head, rows)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"trsp-fast: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,43 @@
+"""The losses of both stages, and how batches are drawn."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Windows in one forward pass without gradients: enough to keep the processor busy, little memory.
+INFERENCE_BATCH = 16
+
+
+def language_model_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The model's own mean next-token loss on windows of tokens, int64 `[samples, seq]`; 0-D."""
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean over tokens of KL(teacher || student), in fp32; `[samples, seq, vocabulary]` both."""
+    student = F.log_softmax(logits.float(), -1).flatten(0, -2)
+    teacher = F.log_softmax(teacher_logits.float(), -1).flatten(0, -2)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, tokens: Tensor, batch: int = INFERENCE_BATCH) -> float:
+    """Mean next-token loss over all windows, in evaluation mode; windows of one length weigh the same."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in tokens.split(batch):
+        total += language_model_loss(model, part.to(device)).double().cpu() * len(part)
+    model.train(training)
+    return float(total / len(tokens))
+
+
+def epochs_of_batches(tokens: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches: each pass visits every window once, in a fresh order; its last batch may be smaller."""
+    while True:
+        order = torch.randperm(len(tokens), generator=generator)
+        for rows in order.split(batch):
+            yield tokens[rows]

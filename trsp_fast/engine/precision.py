@@ -1,0 +1,57 @@
+"""In which dtype a run computes, trains and hands back its weights."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsp_fast.config import TRSPConfig
+
+
+def run_dtype(config: TRSPConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a run's computation; auto: bf16 on a GPU, fp32 on the CPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast every floating parameter in place; buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def compute_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast for the forward pass of fp32 weights in `dtype`; nothing where that is fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class SourceWeights:
+    """Remembers the dtype a model came in, so that its export has it too and untrained tensors keep their bytes.
+
+    Values survive a cast to a wider dtype and back; where the run's dtype is narrower, the original tensors are kept
+    on the CPU. Parameters are told apart by identity: removal moves the same objects into the pruned model.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        self._originals: dict[nn.Parameter, Tensor] = {
+            parameter: parameter.detach().cpu().clone()
+            for parameter, own in self._dtypes.items()
+            if parameter.is_floating_point() and torch.promote_types(own, dtype) != dtype
+        }
+
+    def bytes_per_element(self, parameter: nn.Parameter) -> int:
+        """Of the parameter as it came in."""
+        return self._dtypes[parameter].itemsize
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Cast the parameters of `model` back; one that still has its cast original's value gets the original."""
+        for parameter in model.parameters():
+            own, original = self._dtypes[parameter], self._originals.get(parameter)
+            if original is not None and torch.equal(original.to(parameter.dtype), parameter.detach().cpu()):
+                parameter.data = original.to(parameter.device)
+            else:
+                parameter.data = parameter.data.to(own)

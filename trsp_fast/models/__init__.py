@@ -1,0 +1,1 @@
+"""What knows transformers: where the layers are, gates on them, taking them out, and proving it."""

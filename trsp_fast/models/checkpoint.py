@@ -1,0 +1,146 @@
+"""Checkpoints on disk: loading with sentences instead of tracebacks, and an export that maps well."""
+
+import errno
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trsp_fast.errors import UserError
+from trsp_fast.models.families import check_causal, layer_stack
+
+ALIGNMENT = 4096  # bytes; weights are mapped from the file, and CPU code paths depend on their alignment
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model from a local folder or the hub, in evaluation mode.
+
+    Args:
+        dtype: "auto" keeps the checkpoint's own.
+        device: "auto" is the first GPU, else the CPU.
+
+    Raises:
+        UserError: nothing is there, or it is no decoder-only causal language model, or a weight is not finite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code}
+    options |= {"local_files_only": True} if os.path.isdir(name) else {}
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
+        raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        check_causal(config)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"model {name!r} cannot be loaded ({_first_line(error)}); give a folder or hub name of a causal LM."
+        ) from None
+    if missing := sorted(map(str, info.get("missing_keys") or [])):
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} of its weights ({missing[0]} first), which would be random; "
+            "give a complete checkpoint."
+        )
+    layer_stack(model)
+    check_finite(model)
+    return model.to(resolve_device(device)).eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=remote_code)
+    except Exception as error:  # a missing tokenizer surfaces as any of a dozen types
+        raise UserError(
+            f"model {name!r} has no usable tokenizer ({_first_line(error)}); "
+            "add its tokenizer files, or give the data as a .safetensors file of tokens."
+        ) from None
+    return tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {device!r} cannot be used ({_first_line(error)}); give cpu or a GPU that is there."
+        ) from None
+    return resolved
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise `UserError` naming the first parameter with a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise UserError(f"weight {name} has {count} values that are not finite; give a model with finite weights.")
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """`save_pretrained` into an existing folder, with tensor data at multiples of 4,096 bytes.
+
+    Raises:
+        OSError: with ENOSPC where the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        align_header(path)
+
+
+def align_header(path: Path, multiple: int = ALIGNMENT) -> None:
+    """Rewrite a safetensors file so that its tensor data starts at a multiple of `multiple` bytes.
+
+    The format allows the JSON header to end in spaces; nothing else changes.
+    """
+    with path.open("rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        start = -(-(8 + length) // multiple) * multiple
+        if start == 8 + length:
+            return
+        header = source.read(length)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as target:
+            target.write(struct.pack("<Q", start - 8) + header.ljust(start - 8))
+            while chunk := source.read(1 << 24):
+                target.write(chunk)
+    partial.chmod(0o644)
+    os.replace(partial, path)
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files of a checkpoint."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,278 @@
+"""Gates on decoder layers, the difference between a layer's input and output, and the bypass."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsp_fast.errors import UserError
+from trsp_fast.models.families import LayerStack, layer_stack
+from trsp_fast.ops import gated_residual, residual_norms
+
+
+class LayerGates:
+    """One learnable gate per decoder layer, by forward hooks that call the fused ops; leaves no trace on exit.
+
+        with LayerGates(model, mode="residual") as gates:
+            loss = model(input_ids=batch, labels=batch).loss + 1e-3 * gates.values.abs().sum()
+            loss.backward()                      # gates.values.grad, gates.gradients(): one row per sequence
+            distance = gates.distances("l2")     # {layer: D}
+            gates.bypass([3, 6])
+
+    Both non-reentrant gradient checkpointing and none give the same loss and gradients; norms are collected by layer
+    index, once per forward pass, wherever transformers runs the hooks (5.17: inside the checkpoint, 5.23: outside).
+
+    Args:
+        model: a transformers causal language model with L decoder layers.
+        mode: "residual" (a layer becomes gate*out + (1-gate)*x), "output" (gate*out, arXiv 2505.18232), or None: no
+            gates, only the norms.
+        layers: the layers concerned; all of them by default.
+        norms: collect the l1 and l2 difference between input and output of these layers.
+        detach_norms: the norms' gradient reaches the layer's own weights only: they are taken from a second evaluation
+            of the layer on its detached input.
+        backend: passed to the fused ops.
+
+    Raises:
+        UserError: a layer out of range, or re-entrant gradient checkpointing, seen at the first forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        mode: str | None = "residual",
+        layers: Iterable[int] | None = None,
+        norms: bool = True,
+        detach_norms: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        self.stack = layer_stack(model)
+        self.layers = sorted(set(range(len(self.stack)) if layers is None else layers))
+        if self.layers and not 0 <= self.layers[0] <= self.layers[-1] < len(self.stack):
+            raise UserError(f"layers are {self.layers}; this model has layers 0 to {len(self.stack) - 1}.")
+        if mode not in ("residual", "output", None):
+            raise UserError(f"mode is {mode!r}; it must be 'residual', 'output' or None.")
+        self.mode, self.with_norms, self.detach_norms, self.backend = mode, norms, detach_norms, backend
+        device = next(self.stack.layers.parameters()).device
+        self.values = nn.Parameter(torch.ones(len(self.stack), dtype=torch.float32, device=device))
+        self._bypassed: dict[int, Any] = {}
+        self._model = model
+        self._handles: list[Any] = []
+        self._neutral = False
+        self._begin(None)
+
+    def __enter__(self) -> "LayerGates":
+        owner_hook = self.stack.owner.register_forward_pre_hook(
+            lambda _module, _args, kwargs: self._begin(kwargs.get("attention_mask")), with_kwargs=True
+        )
+        self._handles = [owner_hook]
+        for index in self.layers:
+            hook = self._layer_hook(index)
+            self._handles.append(self.stack.layers[index].register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.restore(list(self._bypassed))
+        self._begin(None)
+
+    def bypass(self, layers: Iterable[int]) -> None:
+        """Make `layers` the identity, at no cost per forward pass, until `restore` or the end of the context."""
+        for index in layers:
+            if index not in self._bypassed:
+                self._bypassed[index] = _install_bypass(self._model, self.stack, index)
+
+    def restore(self, layers: Iterable[int]) -> None:
+        """Undo `bypass`."""
+        for index in list(layers):
+            _remove_bypass(self.stack.layers[index], self._bypassed.pop(index))
+
+    @contextmanager
+    def neutral(self) -> Iterator[None]:
+        """The model without gates and norms inside; bypassed layers stay bypassed."""
+        self._neutral = True
+        try:
+            yield
+        finally:
+            self._neutral = False
+
+    @property
+    def bypassed(self) -> list[int]:
+        return sorted(self._bypassed)
+
+    def norms(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(l1, l2) of each layer in the last forward pass: fp32 `[G]`, sums over one sequence's kept elements."""
+        return dict(self._norms)
+
+    def distances(self, norm: str = "l2") -> dict[int, Tensor]:
+        """D of each layer in the last forward pass, a differentiable 0-D fp32 tensor (see `distance`)."""
+        return {index: distance(*self._norms[index], self._elements[index], norm) for index in sorted(self._norms)}
+
+    def gradients(self) -> Tensor | None:
+        """Gradient of the last backward pass by sequence and gate: fp32 `[G, L]`; its sum over G is the gates' own."""
+        return None if self._rows is None else self._rows.grad
+
+    def _begin(self, attention_mask: Tensor | None) -> None:
+        """Forget the last forward pass. The rows [G, L] of gates are made when the first layer tells G."""
+        self._norms: dict[int, tuple[Tensor, Tensor]] = {}
+        self._elements: dict[int, Tensor | int] = {}
+        self._rows: Tensor | None = None
+        self._columns: tuple[Tensor, ...] = ()
+        self._mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+
+    def _gate(self, index: int, sequences: int) -> Tensor:
+        """The gate of one layer, fp32 `[G]`: one unbind per forward pass, rows kept for per-sequence gradients."""
+        if self._rows is None:
+            self._rows = self.values.expand(sequences, -1)
+            if self._rows.requires_grad:
+                self._rows.retain_grad()
+            self._columns = self._rows.unbind(1)
+        return self._columns[index]
+
+    def _layer_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            if self._neutral or index in self._bypassed:
+                return None
+            _refuse_reentrant(module)
+            x = args[0] if args else kwargs["hidden_states"]
+            out = output[0] if isinstance(output, tuple) else output
+            y = self._apply(module, index, x, out, args, kwargs)
+            if y is None:
+                return None
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        return hook
+
+    def _apply(
+        self, module: nn.Module, index: int, x: Tensor, out: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The gated output, or None where the layer's own output stays; the norms are put down by layer index."""
+        mask = None if self._mask is None else self._mask[:, -x.shape[1] :].bool()
+        fused = self.with_norms and not self.detach_norms
+        y = l1 = l2 = None
+        if self.mode is not None:
+            gate = self._gate(index, x.shape[0]).to(x.device)
+            y, l1, l2 = gated_residual(
+                x, out, gate, mode=self.mode, norms=fused, token_mask=mask if fused else None, backend=self.backend
+            )
+        elif fused:
+            l1, l2 = residual_norms(x, out, token_mask=mask, backend=self.backend)
+        if self.with_norms and self.detach_norms:
+            l1, l2 = self._detached_norms(module, x, mask, args, kwargs)
+        # With hooks inside the checkpoint the recompute comes here again: the norms of the forward pass stay.
+        if self.with_norms and index not in self._norms:
+            assert l1 is not None
+            assert l2 is not None
+            self._norms[index] = (l1, l2)
+            self._elements[index] = _kept_elements(x, mask)
+        return y
+
+    def _detached_norms(
+        self, module: nn.Module, x: Tensor, mask: Tensor | None, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        output = module.forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+        out = output[0] if isinstance(output, tuple) else output
+        return residual_norms(x, out, token_mask=mask, backend=self.backend)
+
+
+def distance(l1: Tensor, l2: Tensor, elements: Tensor | int, norm: str) -> Tensor:
+    """D of one layer, the mean over sequences of `l2`: sqrt(l2/n), `l1`: l1/n, `frobenius`: sqrt(l2); n = elements.
+
+    The root's gradient is 0 at 0. `frobenius` is the authors' code for one sequence per step.
+    """
+    if norm == "l1":
+        return (l1 / elements).mean()
+    squared = l2 if norm == "frobenius" else l2 / elements
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0).mean()
+
+
+def _kept_elements(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Elements per sequence that the mask keeps: an int, or fp32 `[G]` of at least 1."""
+    if mask is None:
+        return max(1, x[0].numel()) if len(x) else 1
+    return (mask.sum(1) * (x[0, 0].numel() if x.numel() else 1)).clamp(min=1).float()
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[PreTrainedModel]:
+    """The model with `layers` as the identity, at no cost per forward pass.
+
+    Raises:
+        UserError: at the forward pass, if it uses a KV cache whose length is read from a bypassed layer.
+    """
+    stack = layer_stack(model)
+    before = {index: _install_bypass(model, stack, index) for index in layers}
+    try:
+        yield model
+    finally:
+        for index, forward in before.items():
+            _remove_bypass(stack.layers[index], forward)
+
+
+_ABSENT = object()
+
+
+def _install_bypass(model: PreTrainedModel, stack: LayerStack, index: int) -> Any:
+    """Replace the layer instance's `forward` by the identity; what was there in the instance before, or `_ABSENT`."""
+    layer = stack.layers[index]
+    as_tuple = _returns_tuple(model, layer)
+    reports_length = index in _length_layers(model, len(stack))
+
+    def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if reports_length and kwargs.get("past_key_values") is not None:
+            raise UserError(
+                f"layer {index} is bypassed and the KV cache reads its length there; "
+                "call the model with use_cache=False, or remove the layer with remove_layers."
+            )
+        return (hidden_states,) if as_tuple else hidden_states
+
+    before = layer.__dict__.get("forward", _ABSENT)
+    layer.__dict__["forward"] = identity
+    return before
+
+
+def _remove_bypass(layer: nn.Module, before: Any) -> None:
+    del layer.__dict__["forward"]
+    if before is not _ABSENT:
+        layer.__dict__["forward"] = before
+
+
+def _length_layers(model: PreTrainedModel, count: int) -> set[int]:
+    """The layers at which transformers reads a cache's length: the first, and the first of every layer type."""
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["full"] * count
+    return {types.index(kind) for kind in set(types)}
+
+
+def _returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether a layer hands on a tuple; asked of its signature, and where that does not say, of a two-token pass."""
+    annotation = inspect.signature(type(layer).forward).return_annotation
+    if annotation in (Tensor, "torch.Tensor", "Tensor"):
+        return False
+    seen: list[bool] = []
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple)))
+    try:
+        with torch.no_grad():
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _refuse_reentrant(layer: nn.Module) -> None:
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if not (checkpoint and layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        raise UserError(
+            "gradient checkpointing is re-entrant, which drops the penalty's gradient; enable it with "
+            'gradient_checkpointing_enable({"use_reentrant": False}).'
+        )

@@ -1,0 +1,197 @@
+"""The proof that a pruned model is the model with those layers bypassed, in memory and on disk."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trsp_fast.errors import CheckFailed, UserError
+from trsp_fast.models.families import layer_count, layer_stack
+from trsp_fast.models.gates import bypassed
+from trsp_fast.models.removal import remove_layers
+
+PROMPT, GENERATED = 12, 12  # tokens; short of any context, long enough for wrong cache slots to show
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was proved, or not; `detail` says with which figure."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify_removal(before: PreTrainedModel, after: PreTrainedModel, removed: Iterable[int]) -> list[Check]:
+    """Prove in memory that `after` is `before` without the layers `removed`.
+
+    Bypassed and pruned logits are compared for a difference of exactly 0.0, cached with uncached generation to the
+    rounding of the dtype, tied weights by storage, the configuration by the length of every per-layer list.
+
+    Args:
+        before: the unpruned model, with the same weights in the layers that stay.
+        after: the pruned model, on the same device and in the same dtype.
+    """
+    removed = list(removed)
+    tokens = _prompt(before)
+    with torch.no_grad(), bypassed(before, removed):
+        expected = before.eval()(input_ids=tokens, use_cache=False).logits
+    with torch.no_grad():
+        logits = after.eval()(input_ids=tokens, use_cache=False).logits
+    difference = float((logits.double() - expected.double()).abs().max())
+    equal = torch.equal(logits, expected)
+    return [
+        Check("bypassed logits = pruned logits", equal, f"largest difference {difference}"),
+        _check_generation(after, tokens),
+        _check_counts(before, after, removed),
+        _check_ties(before, after),
+        _check_config(after),
+    ]
+
+
+def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[Check], PreTrainedModel]:
+    """Reload `folder` with plain transformers: no key missing, unexpected or mismatched, every tensor byte-equal.
+
+    Returns:
+        The checks, and the reloaded model (on the CPU, in the checkpoint's dtypes).
+    """
+    from transformers import AutoModelForCausalLM
+
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    odd = {kind: sorted(map(str, info.get(kind) or [])) for kind in _KEY_PROBLEMS}
+    odd = {kind: keys for kind, keys in odd.items() if keys}
+    ours, theirs = model.state_dict(), reloaded.state_dict()
+    differing = [name for name in ours.keys() & theirs.keys() if not same_bytes(ours[name], theirs[name])]
+    differing += sorted(ours.keys() ^ theirs.keys())
+    return [
+        Check("reload: no missing, unexpected or mismatched key", not odd, str(odd) if odd else f"{len(theirs)} keys"),
+        Check(
+            "reload: every tensor byte-equal",
+            not differing,
+            f"{len(differing)} differ, {differing[0]} first" if differing else f"{len(ours)} tensors",
+        ),
+    ], reloaded
+
+
+_KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def verify_checkpoints(source: str | Path, pruned: str | Path, removed: Iterable[int], *, trained: bool) -> list[Check]:
+    """Prove on disk that `pruned` is `source` without the layers `removed`.
+
+    Args:
+        trained: the weights were trained before the cut, so that tensors may differ from the source. The architecture
+            is then proved with the pruned checkpoint's own weights in the source's layers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    before = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    expected = remove_layers(before, removed)
+    checks, after = verify_checkpoint(expected, pruned)
+    bytes_check = checks[-1]
+    if trained and not bytes_check.passed:
+        same_shapes = {k: v.shape for k, v in expected.state_dict().items()} == {
+            k: v.shape for k, v in after.state_dict().items()
+        }
+        detail = f"weights were trained, {bytes_check.detail}"
+        checks[-1] = Check("reload: every tensor has its name and shape", same_shapes, detail)
+        if same_shapes:
+            expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
+    if not all(check.passed for check in checks) and before.num_parameters() - after.num_parameters() <= 0:
+        return checks
+    if layer_stack(after).path != layer_stack(expected).path or len(layer_stack(after)) != len(layer_stack(expected)):
+        return [
+            *checks,
+            Check("number of layers", False, f"{len(layer_stack(after))}, not {len(layer_stack(expected))}"),
+        ]
+    return checks + verify_removal(before, after, removed)
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise `CheckFailed` naming the first check that did not hold."""
+    for check in checks:
+        if not check.passed:
+            raise CheckFailed(f"not proven: {check.name} ({check.detail}); the result is not what it should be.")
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Equal dtype, shape and bits (NaN included)."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if not one.numel():
+        return True
+    flat = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (one, other)]
+    return torch.equal(*flat)
+
+
+def _prompt(model: PreTrainedModel) -> Tensor:
+    """Two rows of arbitrary, fixed tokens."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    device = next(model.parameters()).device
+    return torch.randint(0, vocabulary, (2, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _check_generation(model: PreTrainedModel, tokens: Tensor) -> Check:
+    """Greedy generation with and without a cache: the same logits to rounding at every step, as far as both agree."""
+    name = "cached = uncached generation"
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROMPT + GENERATED
+    length = min(GENERATED, context - tokens.shape[1])
+    if length < 1:
+        tokens, length = tokens[:, : max(1, context // 2)], context - max(1, context // 2)
+    mask = torch.ones_like(tokens)
+    options = {"max_new_tokens": length, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options |= {"eos_token_id": None, "pad_token_id": 0, "attention_mask": mask, "num_beams": 1}
+    try:
+        cached, uncached = (model.generate(tokens, use_cache=cache, **options) for cache in (True, False))
+    except Exception as problem:  # whatever generation raises, the pruned model is not usable
+        return Check(name, False, f"{type(problem).__name__}: {problem}")
+    precision = torch.finfo(next(model.parameters()).dtype).eps
+    worst = 0.0
+    same = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    for step, (a, b) in enumerate(zip(cached.logits, uncached.logits, strict=True)):
+        scale = b.double().std(-1).clamp(min=1e-30)
+        error = ((a.double() - b.double()).abs().amax(-1) / scale)[same]
+        worst = max([worst, *error.tolist()])
+        same &= cached.sequences[:, tokens.shape[1] + step] == uncached.sequences[:, tokens.shape[1] + step]
+    bound = 2000 * precision if precision < 1e-5 else 32 * precision
+    return Check(
+        name, worst <= bound, f"{length} tokens, logits within {worst:.1e} of their spread, allowed {bound:.0e}"
+    )
+
+
+def _check_counts(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> Check:
+    stack = layer_stack(before)
+    gone = sum(p.numel() for layer in removed for p in stack.layers[layer].parameters())
+    expected, found = sum(p.numel() for p in before.parameters()) - gone, sum(p.numel() for p in after.parameters())
+    return Check(
+        "parameter count", found == expected, f"{found:,}" if found == expected else f"{found:,}, not {expected:,}"
+    )
+
+
+def _check_ties(before: PreTrainedModel, after: PreTrainedModel) -> Check:
+    def tied(model: PreTrainedModel) -> bool:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+    was, now = tied(before), tied(after)
+    return Check("tied weights", was == now, f"{'tied' if now else 'not tied'}, before {'tied' if was else 'not tied'}")
+
+
+def _check_config(after: PreTrainedModel) -> Check:
+    """The configuration agrees with the layers, and survives the validation that transformers does on loading."""
+    config = after.config.to_dict()
+    config = config.get("text_config") or config
+    name, count = layer_count(config)
+    wrong = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) and len(config[key]) != count]
+    try:
+        type(after.config).from_dict(after.config.to_dict())
+    except Exception as error:  # transformers raises several kinds here
+        wrong.append(f"{type(error).__name__}: {error}")
+    try:
+        layer_stack(after)
+    except UserError as error:
+        wrong.append(str(error))
+    return Check("configuration", not wrong, f"{name} = {count}" + (f", wrong: {wrong[0]}" if wrong else ""))

@@ -1,0 +1,276 @@
+"""prune(): select -> transfer -> remove -> verify -> save."""
+
+import copy
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trsp_fast.config import TRSPConfig, checked_layers
+from trsp_fast.data import check_vocabulary
+from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
+from trsp_fast.errors import CheckFailed, UserError
+from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
+from trsp_fast.models.families import layer_stack
+from trsp_fast.models.gates import bypassed
+from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
+from trsp_fast.report.html import write_report
+from trsp_fast.report.perplexity import perplexity
+from trsp_fast.report.speed import measure_speed
+from trsp_fast.run.events import Events, JsonLines
+from trsp_fast.run.state import staged_output, write_json
+from trsp_fast.select import Selection, choose_layers
+from trsp_fast.transfer import transfer
+
+
+@dataclass
+class PruneResult:
+    """What a run gives back.
+
+    removed_layers: ascending.
+    model: the pruned model, in the dtypes of the model that came in.
+    history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer).
+    perplexity: on the evaluation tokens: `dense`, `cut` (the chosen layers bypassed before stage 2), `transferred`
+        (after stage 2, all layers on) and `pruned` (the result, reloaded from disk if it was written).
+    checks: what was proved about the export.
+    report: every number of report.json.
+    """
+
+    removed_layers: list[int]
+    model: PreTrainedModel
+    history: dict[str, list[dict[str, Any]]]
+    perplexity: dict[str, float]
+    checks: list[Check]
+    report: dict[str, Any] = field(repr=False)
+    out: Path | None = None
+
+
+def prune(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    config: TRSPConfig,
+    *,
+    out: str | Path | None = None,
+    evaluation: Tensor | None = None,
+    tokenizer: Any = None,
+    about: dict[str, Any] | None = None,
+    events: Events | None = None,
+) -> PruneResult:
+    """Take layers out of a model and keep what they knew.
+
+    Args:
+        model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
+            shares them.
+        tokens: calibration windows, int64 `[samples, seq]`.
+        config: how much to remove, and how.
+        out: folder for the checkpoint; it must be new or empty, and appears only when everything was proved.
+        evaluation: windows to measure perplexity on, int64 `[windows, seq]`.
+        tokenizer: saved along with the checkpoint.
+        about: what the report says about the run (model, data, command).
+        events: listeners of the run's progress.
+
+    Raises:
+        UserError: a request that cannot be fulfilled.
+        CheckFailed: the loss became non-finite, the quality bound was exceeded or the export is not proven.
+    """
+    run = _Run(model, tokens, config, evaluation, events or Events(), about or {})
+    if out is None:
+        return run.execute(None, tokenizer)
+    with staged_output(out) as stage:
+        (stage / ".trsp").mkdir()
+        log = JsonLines(stage / ".trsp" / "events.jsonl")
+        run.events.listeners.append(log)
+        try:
+            result = run.execute(stage, tokenizer)
+        finally:
+            run.events.listeners.remove(log)
+            log.close()
+        write_json(stage / ".trsp" / "run.json", {"config": config.to_dict(), "versions": result.report["versions"]})
+        write_json(stage / "report.json", result.report)
+        write_report(result.report, stage / "report.html")
+    result.out = Path(out)
+    return result
+
+
+class _Run:
+    """One run in progress; `execute` reads like the paper."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        config: TRSPConfig,
+        evaluation: Tensor | None,
+        events: Events,
+        about: dict[str, Any],
+    ) -> None:
+        self.config, self.events, self.about = config, events, about
+        self.tokens, self.evaluation = tokens, evaluation
+        self.layers_before = len(layer_stack(model))
+        config.layer_count(self.layers_before)
+        _check_tokens(tokens, model)
+        check_finite(model)
+        own = next(model.parameters()).device
+        device = own if config.device == "auto" else resolve_device(config.device)
+        dtype = run_dtype(config, device)
+        if dtype == torch.float16:
+            self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
+        self.source = SourceWeights(model, dtype)
+        self.model = model.to(device).eval()
+        cast_parameters(self.model, dtype)
+        self.dtype, self.device = dtype, device
+        self.perplexity: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
+        torch.manual_seed(self.config.seed)
+        self._measure("dense", self.model)
+        selection = self._timed("select", self._select)
+        removed = sorted(selection.layers)
+        self.events.emit("selected", layers=removed)
+        with bypassed(self.model, removed):
+            self._measure("cut", self.model)
+        transferred = self._timed("transfer", lambda: self._transfer(removed))
+        if transferred:
+            self._measure("transferred", self.model)
+        small = remove_layers(self.model, removed)
+        checks = verify_removal(self.model, small, removed)
+        require(checks)
+        speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
+        self.source.restore(small)
+        if stage is None:
+            size, measured = None, copy.deepcopy(small)
+        else:
+            save_checkpoint(small, stage, tokenizer)
+            on_disk, measured = verify_checkpoint(small, stage)
+            checks += on_disk
+            require(checks)
+            size = checkpoint_bytes(stage)
+        self.events.emit("checks", checks=[asdict(check) for check in checks])
+        measured = measured.to(self.device)
+        cast_parameters(measured, self.dtype)
+        self._measure("pruned", measured)
+        self._require_quality()
+        history = {"select": selection.history, "transfer": transferred}
+        report = self._report(selection, removed, history, checks, speed, small, size)
+        return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _select(self) -> Selection:
+        if self.config.layers is not None:
+            return Selection(checked_layers(self.config.layers, self.layers_before))
+        return choose_layers(self.model, self.tokens, self.config, self.events)
+
+    def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
+        if not self.config.transfer.epochs:
+            return []
+        return transfer(self.model, self.tokens, removed, self.config, self.events)
+
+    def _measure(self, name: str, model: PreTrainedModel) -> None:
+        if self.evaluation is not None:
+            self.perplexity[name] = perplexity(model, self.evaluation)
+            self.events.emit("perplexity", of=name, value=self.perplexity[name])
+
+    def _require_quality(self) -> None:
+        bound = self.config.quality.max_perplexity_ratio
+        if not bound:
+            return
+        if self.evaluation is None:
+            raise UserError(f"quality.max_perplexity_ratio is {bound} but there is nothing to evaluate on; give data.")
+        ratio = self.perplexity["pruned"] / self.perplexity["dense"]
+        if not ratio <= bound:
+            raise CheckFailed(
+                f"perplexity rose {ratio:.3f} times, quality.max_perplexity_ratio allows {bound}; nothing was written."
+            )
+
+    def _timed(self, name: str, work: Any) -> Any:
+        began = time.perf_counter()
+        self.events.emit("phase", name=name)
+        value = work()
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+        return value
+
+    def _report(
+        self,
+        selection: Selection,
+        removed: list[int],
+        history: dict[str, list[dict[str, Any]]],
+        checks: list[Check],
+        speed: dict[str, dict[str, float]],
+        small: PreTrainedModel,
+        size: int | None,
+    ) -> dict[str, Any]:
+        before = sum(p.numel() * self.source.bytes_per_element(p) for p in self.model.parameters())
+        after = sum(p.numel() * p.element_size() for p in small.parameters())
+        steps = [entry for entry in history["select"] if "gates" in entry]
+        return {
+            **self.about,
+            "removed_layers": removed,
+            "order_of_choice": selection.layers,
+            "layers_before": self.layers_before,
+            "layers_after": self.layers_before - len(removed),
+            "parameters": {name: int(values["parameters"]) for name, values in speed.items()},
+            "weight_bytes": {"dense": before, "pruned": after, "checkpoint": size},
+            "perplexity": {k: v if math.isfinite(v) else None for k, v in self.perplexity.items()},
+            "speed": speed,
+            "checks": [asdict(check) for check in checks],
+            "proven": all(check.passed for check in checks),
+            "trained": bool(history["transfer"]) or self.config.select.train_weights,
+            "selection": {
+                "method": "given" if self.config.layers is not None else self.config.select.method,
+                "window_forwards": selection.window_forwards,
+                "rounds": [
+                    {"gates": last["gates"], "D": last["D"], "loss": last["loss"]}
+                    for index in sorted({entry["round"] for entry in steps})
+                    for last in [entry for entry in steps if entry["round"] == index][-1:]
+                ],
+            },
+            "transfer": _summary(history["transfer"]),
+            "tokens": {
+                "calibration": self.tokens.numel(),
+                "windows": len(self.tokens),
+                "seq_len": self.tokens.shape[1],
+                "evaluation": 0 if self.evaluation is None else self.evaluation.numel(),
+                "trained_on": self.tokens.numel() * self.config.transfer.epochs,
+            },
+            "seconds": self.seconds,
+            "run": {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
+            "config": self.config.to_dict(),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    import transformers
+
+    from trsp_fast import __version__
+
+    return {
+        "trsp_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _check_tokens(tokens: Tensor, model: PreTrainedModel) -> None:
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise UserError(
+            f"tokens are {tokens.dtype} {list(tokens.shape)}; give whole numbers [samples, seq] with seq at least 2."
+        )
+    check_vocabulary(tokens, model.config.get_text_config(decoder=True).vocab_size)
+
+
+def _summary(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most 24 evenly spaced steps of stage 2, first and last among them."""
+    if len(history) <= 24:
+        return history
+    return [history[round(i * (len(history) - 1) / 23)] for i in range(24)]

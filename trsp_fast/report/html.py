@@ -1,0 +1,56 @@
+"""report.html: one self-contained page, readable without JavaScript or network."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Render the numbers of report.json as a page."""
+    source = resources.files("trsp_fast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["size"] = size_text
+    environment.filters["figure"] = figure_text
+    page = environment.from_string(source).render(r=report, headline=headline(report), settings=settings(report))
+    path.write_text(page, encoding="utf-8")
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What was removed, what it cost, what it gained, is the export proven: one sentence."""
+    removed, perplexity, speed = report["removed_layers"], report["perplexity"], report["speed"]
+    parts = [f"{len(removed)} of {report['layers_before']} layers removed"]
+    if perplexity.get("dense") and perplexity.get("pruned"):
+        parts.append(f"perplexity {perplexity['dense']:.2f} → {perplexity['pruned']:.2f}")
+    gain = speed["pruned"]["generated_tokens_per_second"] / speed["dense"]["generated_tokens_per_second"]
+    parts.append(f"generation {gain:.2f} times as fast")
+    parts.append("export proven" if report["proven"] else "export NOT proven")
+    return ", ".join(parts) + "."
+
+
+def settings(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The configuration as flat (field, value) rows."""
+    rows = []
+    for name, value in report["config"].items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", str(inner)) for key, inner in value.items()]
+        else:
+            rows.append((name, "none" if value is None else str(value)))
+    return rows
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "not written"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def figure_text(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"  # noqa: RUF001

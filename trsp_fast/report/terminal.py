@@ -1,0 +1,142 @@
+"""What a person sees while a run goes and when it is done: bars on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trsp_fast.report.html import figure_text, headline, size_text
+from trsp_fast.run.events import Listener
+
+_PERPLEXITIES = {
+    "dense": "dense model",
+    "cut": "layers cut, no stage 2",
+    "transferred": "after stage 2, all layers on",
+    "pruned": "TRSP result",
+}
+
+
+def progress_listener() -> Listener:
+    """Shows events: a bar with time left per stage on a terminal, a line per round or tenth of a stage elsewhere."""
+    console = Console()
+    return _Bars(console) if console.is_terminal else _Lines(console)
+
+
+class _Lines:
+    """One plain line for what matters; steps of stage 2 at every tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        text = _sentence(kind, values)
+        if kind == "transfer_step" and (values["step"] + 1) % max(1, values["steps"] // 10) == 0:
+            text = f"stage 2: step {values['step'] + 1}/{values['steps']}, loss {values['loss']:.3f}"
+        if text:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Bars:
+    """One bar per stage, removed when the stage is over; sentences stay above it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.stage = ""
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        if kind in ("phase", "selected", "perplexity", "checks"):
+            self._close()
+        if kind == "select_step":
+            self._advance("stage 1", f"round {values['round'] + 1}", values)
+        if kind == "transfer_step":
+            self._advance("stage 2", f"loss {values['loss']:.3f}", values)
+        text = _sentence(kind, values)
+        if text:
+            self.console.print(text, highlight=False)
+
+    def _advance(self, stage: str, note: str, values: dict[str, Any]) -> None:
+        if self.progress is None or stage != self.stage:
+            self._close()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.progress.start()
+            self.task, self.stage = self.progress.add_task(stage, total=values["steps"]), stage
+        assert self.task is not None
+        self.progress.update(
+            self.task, completed=values["step"] + 1, total=values["steps"], description=f"{stage} {note}"
+        )
+
+    def _close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        self.progress, self.task = None, None
+
+
+def _sentence(kind: str, values: dict[str, Any]) -> str | None:
+    if kind == "note":
+        return f"note: {values['text']}"
+    if kind == "phase":
+        texts = {"select": "stage 1: choosing layers", "transfer": "stage 2: moving their knowledge out"}
+        return texts.get(values["name"], "measuring speed")
+    if kind == "round":
+        gate = f", gate {values['gate']:.4f}" if "gate" in values else ""
+        return f"  round {values['round'] + 1}: layer {values['layer']}{gate}"
+    if kind == "selected":
+        return f"layers to remove: {', '.join(map(str, values['layers']))}"
+    if kind == "perplexity":
+        return f"perplexity, {_PERPLEXITIES[values['of']]}: {figure_text(values['value'])}"
+    if kind == "gates_discarded":
+        return f"gates discarded: loss {values['loss_with_gates']:.3f} -> {values['loss_without_gates']:.3f}"
+    return None
+
+
+def print_result(report: dict[str, Any], out: Path) -> None:
+    """The run's table: layers and gates, perplexity, size, speed, proof, and where the checkpoint is."""
+    rows = [(text, figure_text(report["perplexity"].get(name))) for name, text in _PERPLEXITIES.items()]
+    console = Console()
+    print_table(("perplexity", ""), [row for row in rows if row[1] != figure_text(None)])
+    rounds = report["selection"]["rounds"]
+    if rounds:
+        gates = rounds[-1]["gates"] if len(rounds) == 1 else None
+        chosen = []
+        for index, layer in enumerate(report["order_of_choice"]):
+            gate = (gates or rounds[min(index, len(rounds) - 1)]["gates"])[layer]
+            chosen.append((str(layer), figure_text(gate, 4)))
+        print_table(("removed layer", "gate when chosen"), chosen)
+    speed, size = report["speed"], report["weight_bytes"]
+    parameters = report["parameters"]
+    before, after = speed["dense"], speed["pruned"]
+    print_table(
+        ("", "before", "after"),
+        [
+            ("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
+            ("weights", size_text(size["dense"]), size_text(size["pruned"])),
+            *(
+                (text, figure_text(before[key], 0), figure_text(after[key], 0))
+                for key, text in (
+                    ("prompt_tokens_per_second", "reading, tokens/s"),
+                    ("generated_tokens_per_second", "generating, tokens/s"),
+                )
+            ),
+        ],
+    )
+    for check in report["checks"]:
+        console.print(
+            f"{'proven' if check['passed'] else 'FAILED'}: {check['name']} ({check['detail']})", highlight=False
+        )
+    console.print(f"\n{headline(report)}", highlight=False)
+    console.print(f"checkpoint: {out}\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(show_edge=False)
+    for index, title in enumerate(head):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, "")

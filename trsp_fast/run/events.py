@@ -1,0 +1,39 @@
+"""One stream of events per run: who produces them does not know who listens (progress bars, events.jsonl, tests)."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# kind ("round", "step", "note", ...) and its plain values
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class Events:
+    """Passes each event to every listener, in order."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = list(listeners)
+
+    def emit(self, kind: str, **values: Any) -> None:
+        for listener in self.listeners:
+            listener(kind, values)
+
+    def note(self, text: str) -> None:
+        """Something the user should know, one sentence."""
+        self.emit("note", text=text)
+
+
+class JsonLines:
+    """Listener that appends each event to a file, one JSON object a line with a wall-clock `time` in seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

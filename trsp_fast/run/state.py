@@ -1,0 +1,84 @@
+"""Outputs that appear whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trsp_fast.errors import UserError
+
+
+def check_output(out: str | Path) -> Path:
+    """The output folder, known to be creatable: refuses early what would fail after hours.
+
+    Raises:
+        UserError: it is a file, is not empty, or its parent cannot be written.
+    """
+    path = Path(os.path.abspath(out))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output {str(out)!r} is a file; give a folder that does not exist yet or is empty.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"output {str(out)!r} is not empty; give a new or empty folder, or remove it first.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output {str(out)!r} cannot be created ({error.strerror}); give a folder that can be written."
+        ) from None
+    return path
+
+
+@contextmanager
+def staged_output(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` by one rename when the block ends well, and vanishes else.
+
+    Every file is flushed to the disk before the rename.
+
+    Raises:
+        UserError: `out` cannot be created (see `check_output`), or there is no space left.
+    """
+    path = check_output(out)
+    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield stage
+        _flush(stage)
+        stage.chmod(0o755)
+        os.rename(stage, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"no space left for {str(out)!r} ({error.strerror}); nothing was written, make room.") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Readable, strict JSON (no NaN)."""
+    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _flush_folder(Path(directory))
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

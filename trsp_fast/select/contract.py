@@ -1,0 +1,29 @@
+"""What every method of choosing layers takes and gives."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trsp_fast.config import TRSPConfig
+from trsp_fast.models.families import layer_stack
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers in the order of choice, the evidence by step or candidate, and the cost in window-forwards.
+
+    `window_forwards` counts one forward pass of one window as 1 and a backward pass as 2.
+    """
+
+    layers: list[int]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    window_forwards: int = 0
+
+
+def candidates(model: PreTrainedModel, config: TRSPConfig, *, protect: bool = True) -> list[int]:
+    """The layers that may go, ascending: all but the protected first and last ones."""
+    total = len(layer_stack(model))
+    if not protect:
+        return list(range(total))
+    return list(range(total))[config.select.protect_first : total - config.select.protect_last]
