@@ -200,7 +200,7 @@ ROWS = {
     "ratio -1": (["--ratio=-1"], "ratio is -1.0"),
     "ratio rounds to none": (["--ratio", "0.05"], "comes to none"),
     "ratio rounds to all": (["--ratio", "0.95"], "comes to all"),
-    "ratio is text": (["--ratio", "many"], "'many' is not a valid float"),
+    "ratio is text": (["--ratio", "many"], "ratio is 'many'; it must be a number"),
     "layer out of range": (["--no-ratio", "--layers", "9"], "layer 9 does not exist; this model has layers 0 to 4"),
     "layer repeated": (["--no-ratio", "--layers", "1,1"], "layer 1 is named 2 times"),
     "layers are text": (["--no-ratio", "--layers", "one"], "layers are 'one'"),

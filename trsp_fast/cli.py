@@ -28,9 +28,9 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
 RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that the model brings along.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers to remove, for example 3,6,9; skips stage 1.")]
-Ratio = Annotated[float | None, typer.Option("--ratio", help="Share of the layers to remove, between 0 and 1.")]
-NumLayers = Annotated[int | None, typer.Option("--num-layers", help="Number of layers to remove.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+Ratio = Annotated[str | None, typer.Option("--ratio", help="Share of the layers to remove, between 0 and 1.")]
+NumLayers = Annotated[str | None, typer.Option("--num-layers", help="Number of layers to remove.")]
+Seed = Annotated[str | None, typer.Option("--seed", help="Seed of every random choice.")]
 Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code or cut-first.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML or JSON file with fields of the configuration.")
@@ -57,7 +57,7 @@ def demo(
     out = out or Path("demo-pruned")
     if not (demo_model() / "config.json").exists():
         raise UserError(f"the built-in model is missing at {demo_model()}; install the package again.")
-    values = _values(None, 3, None, seed, preset, None, ["data.samples=512", *(settings or [])], device, dtype)
+    values = _values(None, "3", None, seed, preset, None, ["data.samples=512", *(settings or [])], device, dtype)
     _prune(str(demo_model()), "demo", None, out, values, as_json, title="the built-in demo model")
 
 
@@ -104,11 +104,13 @@ def select(
 ) -> None:
     """Say which layers a method would remove."""
     from trsp_fast.config import TRSPConfig
+    from trsp_fast.data import check_source
     from trsp_fast.select import choose_layers
 
     settings = [*(settings or []), f"select.method={method}"]
     values = _values(ratio, num_layers, None, seed, preset, config, settings, device, dtype)
     chosen_config = TRSPConfig.from_dict(values)
+    check_source(data)
     loaded = _load(model, chosen_config, revision, allow_remote_code)
     tokens, _ = _tokens(loaded, model, data, None, chosen_config, revision, allow_remote_code)
     selection = choose_layers(loaded, tokens, chosen_config, _events(as_json))
@@ -137,6 +139,7 @@ def remove(
     from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
     from trsp_fast.run.state import staged_output
 
+    _quiet_transformers()
     removed = _layer_list(layers)
     with staged_output(out) as stage:
         model = load_model(checkpoint, device="cpu", revision=revision, remote_code=allow_remote_code)
@@ -170,6 +173,7 @@ def verify(
     from trsp_fast.models.checkpoint import load_model, read_json
     from trsp_fast.models.verify import require, verify_checkpoints
 
+    _quiet_transformers()
     if trained is None:
         report = Path(pruned) / "report.json"
         trained = bool(read_json(report).get("trained")) if report.exists() else False
@@ -196,10 +200,11 @@ def evaluate(
 ) -> None:
     """Perplexity of a model: non-overlapping windows, token-weighted mean."""
     from trsp_fast.config import TRSPConfig
-    from trsp_fast.data import check_vocabulary, evaluation_stream, evaluation_windows, window_length
+    from trsp_fast.data import check_source, check_vocabulary, evaluation_stream, evaluation_windows, window_length
     from trsp_fast.report.perplexity import perplexity
 
     config = TRSPConfig.from_dict({"dtype": dtype, "device": device, "data": {"seq_len": seq_len}})
+    check_source(data)
     loaded = _load(model, config, revision, allow_remote_code)
     stream = evaluation_stream(data, _tokenizer(model, data, revision, allow_remote_code))
     if stream.dim() == 2 and not seq_len:
@@ -233,7 +238,9 @@ def main() -> None:
     _quiet_libraries()
     code = 0
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or 0  # typer turns Ctrl-C into the code 130
+        if code == 130:
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing was written.", 130)
     except UserError as error:
@@ -262,11 +269,14 @@ def _prune(
     title: str | None = None,
 ) -> None:
     from trsp_fast.config import TRSPConfig
+    from trsp_fast.data import check_source
     from trsp_fast.pruner import prune as run
     from trsp_fast.run.state import check_output
 
     config = TRSPConfig.from_dict(values)
     check_output(out)
+    for source in (data, eval_data):
+        check_source(source)
     loaded = _load(model, config, revision, remote_code, dtype="auto")
     tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
     tokenizer = _tokenizer(model, data, revision, remote_code)
@@ -294,10 +304,10 @@ def _prune(
 
 
 def _values(
-    ratio: float | None,
-    num_layers: int | None,
+    ratio: str | None,
+    num_layers: str | None,
     layers: str | None,
-    seed: int | None,
+    seed: str | None,
     preset: str | None,
     config: Path | None,
     settings: list[str] | None,
@@ -307,12 +317,23 @@ def _values(
     """The configuration's nested values; the more specific wins: file, then --set, then the options of their own."""
     from trsp_fast.config import merge, parse_setting, read_file
 
-    options: dict[str, Any] = {"ratio": ratio, "num_layers": num_layers, "seed": seed, "preset": preset}
+    numbers = {"ratio": ratio, "num_layers": num_layers, "seed": seed}
+    options: dict[str, Any] = {name: _number(text) for name, text in numbers.items()} | {"preset": preset}
     options["layers"] = None if layers is None else tuple(_layer_list(layers))
     options |= {"device": None if device == "auto" else device, "dtype": None if dtype == "auto" else dtype}
     given = {name: value for name, value in options.items() if value is not None}
     from_file = read_file(config) if config else {}
     return merge(from_file, *(parse_setting(text) for text in settings or []), given)
+
+
+def _number(text: str | None) -> float | int | str | None:
+    """The number that a text says; other text stays what it is, for the configuration to refuse by its field's name."""
+    for kind in (int, float):
+        try:
+            return None if text is None else kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _layer_list(text: str | None) -> list[int]:
@@ -329,6 +350,7 @@ def _load(model: str, config: Any, revision: str | None, remote_code: bool, dtyp
     from trsp_fast.engine.precision import run_dtype
     from trsp_fast.models.checkpoint import load_model, resolve_device
 
+    _quiet_transformers()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
     return load_model(model, dtype=wanted, device=config.device, revision=revision, remote_code=remote_code)
 
@@ -375,10 +397,16 @@ def _quiet_libraries() -> None:
     """Other libraries' progress bars and advice do not belong into this tool's output."""
     import os
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _quiet_transformers() -> None:
+    """The same for transformers, once a command needs it."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _plain(checks: list[Any]) -> list[dict[str, Any]]:

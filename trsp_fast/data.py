@@ -107,6 +107,12 @@ def evaluation_windows(stream: Tensor, length: int, most: int | None = None) -> 
     return pool[torch.linspace(0, len(pool) - 1, most).long()]
 
 
+def check_source(source: str | None) -> None:
+    """Raise `UserError` if `source` is neither a known name nor a path that exists; None is no source."""
+    if source is not None and source != "demo" and source not in HUB_DATASETS and not Path(source).exists():
+        raise UserError(f"data {source!r} does not exist; give a path, or one of demo, {', '.join(HUB_DATASETS)}.")
+
+
 def window_length(model_config: Any, wanted: int) -> int:
     """The window length for a model: `wanted`, or min(2048, context) for 0.
 
@@ -182,11 +188,9 @@ def _texts(source: str, tokenizer: Any, part: str) -> Iterable[str]:
         return standard_library("train" if part == "calibration" else "held-out")
     if source in HUB_DATASETS:
         return _hub_texts(source, part)
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"data {source!r} does not exist; give a path, or one of demo, {', '.join(HUB_DATASETS)}.")
+    check_source(source)
     try:
-        return _path_texts(path, tokenizer)
+        return _path_texts(Path(source), tokenizer)
     except UserError:
         raise
     except (OSError, UnicodeDecodeError, ValueError, KeyError) as error:

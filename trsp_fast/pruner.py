@@ -210,6 +210,10 @@ class _Run:
         after = sum(p.numel() * p.element_size() for p in small.parameters())
         steps = [entry for entry in history["select"] if "gates" in entry]
         return {
+            "model": self.model.config.name_or_path or type(self.model).__name__,
+            "data": None,
+            "evaluation_data": None,
+            "command": None,
             **self.about,
             "removed_layers": removed,
             "order_of_choice": selection.layers,

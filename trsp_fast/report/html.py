@@ -33,11 +33,15 @@ def settings(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The configuration as flat (field, value) rows."""
     rows = []
     for name, value in report["config"].items():
-        if isinstance(value, dict):
-            rows += [(f"{name}.{key}", str(inner)) for key, inner in value.items()]
-        else:
-            rows.append((name, "none" if value is None else str(value)))
+        group = value if isinstance(value, dict) else {"": value}
+        rows += [(f"{name}.{key}".rstrip("."), _value_text(inner)) for key, inner in group.items()]
     return rows
+
+
+def _value_text(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def size_text(count: float | None) -> str:
