@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from trsp_fast.data import corpus_digest, demo_model, standard_library
 
@@ -24,6 +25,19 @@ def test_prune_local_model(stories_folder, stories_text, tmp_path):
     assert "perplexity, pruned:" in result.stdout
     assert "Once upon a time" in result.stdout
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_prunes_3_of_12_layers_and_loads(tmp_path):
+    command = [sys.executable, "-m", "trsp_fast", "demo", "--out", "out"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 12 layers removed" in result.stdout
+    assert "export proven" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 9
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    perplexity = report["perplexity"]
+    assert perplexity["dense"] < perplexity["pruned"] < perplexity["cut"]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import layer_stack
-from trsp_fast.models.gates import bypassed
+from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.html import write_report
@@ -38,7 +38,7 @@ class PruneResult:
     model: the pruned model, in the dtypes of the model that came in.
     history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer).
     perplexity: on the evaluation tokens: `dense`, `cut` (the chosen layers bypassed before stage 2), `transferred`
-        (after stage 2, all layers on) and `pruned` (the result, reloaded from disk if it was written).
+        (after stage 2, before the cut) and `pruned` (the result, reloaded from disk if it was written).
     checks: what was proved about the export.
     report: every number of report.json.
     """
@@ -139,7 +139,10 @@ class _Run:
             self._measure("cut", self.model)
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
-            self._measure("transferred", self.model)
+            # the function that stage 2 ended with: annealed gates are at or near 0 there
+            with LayerGates(self.model, mode="residual", layers=removed, norms=False) as gates:
+                gates.values.data.fill_(transferred[-1]["gate"])
+                self._measure("transferred", self.model)
         small = remove_layers(self.model, removed)
         checks = verify_removal(self.model, small, removed)
         require(checks)
@@ -208,7 +211,6 @@ class _Run:
     ) -> dict[str, Any]:
         before = sum(p.numel() * self.source.bytes_per_element(p) for p in self.model.parameters())
         after = sum(p.numel() * p.element_size() for p in small.parameters())
-        steps = [entry for entry in history["select"] if "gates" in entry]
         return {
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "data": None,
@@ -229,11 +231,7 @@ class _Run:
             "selection": {
                 "method": "given" if self.config.layers is not None else self.config.select.method,
                 "window_forwards": selection.window_forwards,
-                "rounds": [
-                    {"gates": last["gates"], "D": last["D"], "loss": last["loss"]}
-                    for index in sorted({entry["round"] for entry in steps})
-                    for last in [entry for entry in steps if entry["round"] == index][-1:]
-                ],
+                "rounds": selection.rounds,
             },
             "transfer": _summary(history["transfer"]),
             "tokens": {

@@ -60,7 +60,7 @@ REPORT = {
     "selection": {
         "method": "trsp",
         "window_forwards": 1234,
-        "rounds": [{"gates": [1.0, 0.5, 0.75, 0.25, None], "D": [1.0] * 5, "loss": 2.0}],
+        "rounds": [{"round": 0, "layer": 3, "gate": 0.25, "curvature": 2e-4, "gates": [1.0, 0.5, 0.75, 0.25, None]}],
     },
     "transfer": [
         {"step": 0, "steps": 1, "loss": 2.5, "lm_loss": 2.0, "penalty": 0.5, "D": {"1": 3.5, "3": None},
@@ -106,6 +106,7 @@ def test_the_page_shows_every_number_and_is_self_contained(tmp_path):
         "11.50",
         "1,234",
         "0.250",
+        "2.0e-04",
         "3.500",
         "4.00 kB",
         "2.40 kB",

@@ -14,7 +14,7 @@ from trsp_fast.run.events import Listener
 _PERPLEXITIES = {
     "dense": "dense model",
     "cut": "layers cut, no stage 2",
-    "transferred": "after stage 2, all layers on",
+    "transferred": "after stage 2, before the cut",
     "pruned": "TRSP result",
 }
 
@@ -100,14 +100,10 @@ def print_result(report: dict[str, Any], out: Path) -> None:
     rows = [(text, figure_text(report["perplexity"].get(name))) for name, text in _PERPLEXITIES.items()]
     console = Console()
     print_table(("perplexity", ""), [row for row in rows if row[1] != figure_text(None)])
-    rounds = report["selection"]["rounds"]
+    rounds = [entry for entry in report["selection"]["rounds"] if "gate" in entry]
     if rounds:
-        gates = rounds[-1]["gates"] if len(rounds) == 1 else None
-        chosen = []
-        for index, layer in enumerate(report["order_of_choice"]):
-            gate = (gates or rounds[min(index, len(rounds) - 1)]["gates"])[layer]
-            chosen.append((str(layer), figure_text(gate, 4)))
-        print_table(("removed layer", "gate when chosen"), chosen)
+        chosen = [(str(e["layer"]), figure_text(e["gate"], 4), f"{e['curvature']:.1e}") for e in rounds]
+        print_table(("removed layer", "gate when chosen", "curvature"), chosen)
     speed, size = report["speed"], report["weight_bytes"]
     parameters = report["parameters"]
     before, after = speed["dense"], speed["pruned"]

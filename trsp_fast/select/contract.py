@@ -11,14 +11,16 @@ from trsp_fast.models.families import layer_stack
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers in the order of choice, the evidence by step or candidate, and the cost in window-forwards.
+    """Layers in the order of choice, with the evidence.
 
-    `window_forwards` counts one forward pass of one window as 1 and a backward pass as 2.
+    history: one entry per step or candidate. rounds: one entry per chosen layer, where a method has rounds.
+    window_forwards: the cost; one forward pass of one window counts 1, a backward pass 2.
     """
 
     layers: list[int]
     history: list[dict[str, Any]] = field(default_factory=list)
     window_forwards: int = 0
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def candidates(model: PreTrainedModel, config: TRSPConfig, *, protect: bool = True) -> list[int]:

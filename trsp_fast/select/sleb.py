@@ -31,4 +31,4 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         entry = {"round": round_index, "layer": chosen[-1], "losses": losses}
         history.append(entry)
         events.emit("round", **entry)
-    return Selection(chosen, history, cost)
+    return Selection(chosen, history, cost, history)

@@ -42,6 +42,7 @@ class _Learning:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     curvature: Tensor = field(default_factory=lambda: torch.zeros(0))
     history: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     cost: int = 0
 
 
@@ -79,7 +80,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
                 gates.bypass([layer])
         if settings.train_weights:
             _discard_gates(learning, tokens[:JUDGE_WINDOWS])
-    return Selection(chosen, learning.history, learning.cost)
+    return Selection(chosen, learning.history, learning.cost, learning.rounds)
 
 
 def _learn_round(learning: _Learning, index: int) -> None:
@@ -145,24 +146,24 @@ def _record(learning: _Learning, index: int, step: int, lm_loss: float, penalty:
     gates, rows = learning.gates, learning.gates.gradients()
     assert rows is not None
     assert gates.values.grad is not None
-    alive = set(learning.alive)
     distances = {layer: float(d.detach()) for layer, d in gates.distances("l2").items()}
-    layers = range(len(gates.stack))
-
-    def by_layer(values: list[float]) -> list[float | None]:
-        return [values[layer] if layer in alive else None for layer in layers]
-
     return {
         "round": index,
         "step": step,
         "steps": learning.steps,
         "loss": lm_loss + penalty,
         "lm_loss": lm_loss,
-        "gates": by_layer(gates.values.tolist()),
-        "gradients": by_layer(gates.values.grad.tolist()),
-        "sequence_gradients": [by_layer(row) for row in (rows * len(rows)).tolist()],
-        "D": [distances.get(layer) if layer in alive else None for layer in layers],
+        "gates": _by_layer(learning, gates.values.tolist()),
+        "gradients": _by_layer(learning, gates.values.grad.tolist()),
+        "sequence_gradients": [_by_layer(learning, row) for row in (rows * len(rows)).tolist()],
+        "D": _by_layer(learning, [distances.get(layer) for layer in range(len(gates.stack))]),
     }
+
+
+def _by_layer(learning: _Learning, values: list[Any]) -> list[Any]:
+    """The values of alive layers, None for bypassed and protected ones."""
+    alive = set(learning.alive)
+    return [value if layer in alive else None for layer, value in enumerate(values)]
 
 
 def _lowest(learning: _Learning, tokens: Tensor, chosen: list[int], wanted: int, index: int) -> list[int]:
@@ -179,14 +180,17 @@ def _lowest(learning: _Learning, tokens: Tensor, chosen: list[int], wanted: int,
         learning.cost += len(judge) * len(short)
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
-        learning.events.emit(
-            "round",
-            round=index,
-            layer=layer,
-            gate=float(gates.values[layer].detach()),
-            curvature=float(learning.curvature[layer]),
-            judged=judged,
-        )
+        entry = {
+            "round": index,
+            "layer": layer,
+            "gate": float(gates.values[layer].detach()),
+            "curvature": float(learning.curvature[layer]),
+            "judged": judged,
+            "gates": _by_layer(learning, gates.values.tolist()),
+            "curvatures": _by_layer(learning, learning.curvature.tolist()),
+        }
+        learning.rounds.append(entry)
+        learning.events.emit("round", **entry)
     return ranked[:wanted]
 
 
