@@ -86,6 +86,16 @@ def test_gate_and_penalty_act_together(llama, tokens):
     assert history[-1]["D"][2] < 0.5 * history[0]["D"][2]
 
 
+def test_held_layers_are_still_pushed_to_identity_by_a_detached_penalty(llama, tokens):
+    """At gate 0 only the detached evaluation of the layer is left; it must go on, and change nothing else."""
+    twin = copy.deepcopy(llama)
+    settings = {"gate": "anneal", "hold": 1.0, "epochs": 20, "lr": 3e-3}
+    history = transfer(llama, tokens, [2], config(**settings, lambda2=1.0, detach_input=True, clip=0.0))
+    assert history[-1]["D"][2] < 0.5 * history[0]["D"][2]
+    plain = transfer(twin, tokens, [2], config(**settings, clip=0.0))
+    assert [e["lm_loss"] for e in history] == pytest.approx([e["lm_loss"] for e in plain], rel=1e-4)
+
+
 def test_distillation_pulls_towards_the_untouched_model(llama, tokens):
     """From the untouched model itself the first loss is 0; with layers cut first it falls."""
     first = transfer(copy.deepcopy(llama), tokens, [1], config(objective="distill", epochs=1))[0]

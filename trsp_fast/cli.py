@@ -19,7 +19,22 @@ app = typer.Typer(
 
 EVALUATION_WINDOWS = 128  # windows that prune and demo measure perplexity on; `eval` takes all
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")]
+
+def _resolved(model: str) -> str:
+    """`demo` is the built-in model; any other name is a folder or a hub name."""
+    from trsp_fast.data import demo_model
+
+    if model != "demo":
+        return model
+    if not (demo_model() / "config.json").exists():
+        raise UserError(f"the built-in model is missing at {demo_model()}; install the package again.")
+    return str(demo_model())
+
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model, or demo.", callback=_resolved),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the result: new or empty.")]
 Data = Annotated[str, typer.Option("--data", help="demo, wikitext2, c4, ptb, alpaca or a path.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
@@ -52,13 +67,9 @@ def demo(
     settings: Settings = None,
 ) -> None:
     """Prune 3 of the 12 layers of the built-in model, start to report."""
-    from trsp_fast.data import demo_model
-
     out = out or Path("demo-pruned")
-    if not (demo_model() / "config.json").exists():
-        raise UserError(f"the built-in model is missing at {demo_model()}; install the package again.")
     values = _values(None, "3", None, seed, preset, None, ["data.samples=512", *(settings or [])], device, dtype)
-    _prune(str(demo_model()), "demo", None, out, values, as_json, title="the built-in demo model")
+    _prune(_resolved("demo"), "demo", None, out, values, as_json, title="the built-in demo model")
 
 
 @app.command()
@@ -126,7 +137,9 @@ def select(
 
 @app.command()
 def remove(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name, or demo.", callback=_resolved)
+    ],
     layers: Layers = None,
     out: Out = Path("pruned"),
     revision: Revision = None,
@@ -161,7 +174,9 @@ def remove(
 
 @app.command()
 def verify(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The unpruned checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="The unpruned one, or demo.", callback=_resolved)
+    ],
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned checkpoint.")],
     removed: Annotated[str, typer.Option("--removed", help="The layers that were removed, for example 3,6,9.")],
     trained: Annotated[

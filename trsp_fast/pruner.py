@@ -90,6 +90,7 @@ def prune(
         try:
             result = run.execute(stage, tokenizer)
         finally:
+            run.events.emit("end")
             run.events.listeners.remove(log)
             log.close()
         write_json(stage / ".trsp" / "run.json", {"config": config.to_dict(), "versions": result.report["versions"]})
@@ -117,6 +118,9 @@ class _Run:
         config.layer_count(self.layers_before)
         _check_tokens(tokens, model)
         check_finite(model)
+        bound = config.quality.max_perplexity_ratio
+        if bound and evaluation is None:
+            raise UserError(f"quality.max_perplexity_ratio is {bound} but there is nothing to evaluate on; give data.")
         own = next(model.parameters()).device
         device = own if config.device == "auto" else resolve_device(config.device)
         dtype = run_dtype(config, device)
@@ -182,12 +186,8 @@ class _Run:
 
     def _require_quality(self) -> None:
         bound = self.config.quality.max_perplexity_ratio
-        if not bound:
-            return
-        if self.evaluation is None:
-            raise UserError(f"quality.max_perplexity_ratio is {bound} but there is nothing to evaluate on; give data.")
-        ratio = self.perplexity["pruned"] / self.perplexity["dense"]
-        if not ratio <= bound:
+        ratio = self.perplexity["pruned"] / self.perplexity["dense"] if bound else 0.0
+        if bound and not ratio <= bound:
             raise CheckFailed(
                 f"perplexity rose {ratio:.3f} times, quality.max_perplexity_ratio allows {bound}; nothing was written."
             )

@@ -91,8 +91,9 @@ def _step(
     gate = gate_at(settings, step, steps)
     weight = lambda2_at(settings, step, steps)
     gates.values.fill_(gate)
-    if gate == 0 and settings.lambda2 == 0:
-        gates.bypass(gates.layers)  # the layers are out of the function and of the loss: do not compute them
+    if gate == 0 and (settings.lambda2 == 0 or settings.detach_input):
+        gates.bypass(gates.layers)  # out of the function, and of the loss or with a D of their own: do not compute
+        gates.with_norms = settings.lambda2 > 0
     output = model(input_ids=tokens, labels=tokens, use_cache=False)
     objective = output.loss
     if teacher is not None:

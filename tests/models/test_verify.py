@@ -101,6 +101,19 @@ def test_checkpoints_with_trained_weights_pass_only_when_that_is_said(llama, tmp
     )
 
 
+def test_trained_checkpoints_with_another_layer_removed_fail(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "source")
+    small = remove_layers(llama, [2])
+    for parameter in small.parameters():
+        parameter.data.mul_(1.02)
+    small.save_pretrained(tmp_path / "pruned")
+    right, wrong = (
+        verify_checkpoints(tmp_path / "source", tmp_path / "pruned", [layer], trained=True) for layer in (2, 3)
+    )
+    assert failed(right) == set()
+    assert failed(wrong) == {"every layer descends from its own"}
+
+
 def test_checkpoints_with_another_number_of_layers_fail(llama, tmp_path):
     llama.save_pretrained(tmp_path / "source")
     remove_layers(llama, [2]).save_pretrained(tmp_path / "pruned")

@@ -1,5 +1,6 @@
 """Gates on decoder layers, the difference between a layer's input and output, and the bypass."""
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class LayerGates:
         layers: the layers concerned; all of them by default.
         norms: collect the l1 and l2 difference between input and output of these layers.
         detach_norms: the norms' gradient reaches the layer's own weights only: they are taken from a second evaluation
-            of the layer on its detached input.
+            of the layer on its detached input. Bypassed layers have norms too then: this evaluation is all they do.
         backend: passed to the fused ops.
 
     Raises:
@@ -137,23 +138,24 @@ class LayerGates:
 
     def _layer_hook(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            if self._neutral or index in self._bypassed:
+            if self._neutral or (index in self._bypassed and not self.detach_norms):
                 return None
             _refuse_reentrant(module)
             x = args[0] if args else kwargs["hidden_states"]
+            if index in self._bypassed:
+                self._collect(index, x, *self._detached_norms(index, x, args, kwargs))
+                return None
             out = output[0] if isinstance(output, tuple) else output
-            y = self._apply(module, index, x, out, args, kwargs)
+            y = self._apply(index, x, out, args, kwargs)
             if y is None:
                 return None
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook
 
-    def _apply(
-        self, module: nn.Module, index: int, x: Tensor, out: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor | None:
+    def _apply(self, index: int, x: Tensor, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The gated output, or None where the layer's own output stays; the norms are put down by layer index."""
-        mask = None if self._mask is None else self._mask[:, -x.shape[1] :].bool()
+        mask = self._token_mask(x)
         fused = self.with_norms and not self.detach_norms
         y = l1 = l2 = None
         if self.mode is not None:
@@ -164,22 +166,31 @@ class LayerGates:
         elif fused:
             l1, l2 = residual_norms(x, out, token_mask=mask, backend=self.backend)
         if self.with_norms and self.detach_norms:
-            l1, l2 = self._detached_norms(module, x, mask, args, kwargs)
-        # With hooks inside the checkpoint the recompute comes here again: the norms of the forward pass stay.
-        if self.with_norms and index not in self._norms:
-            assert l1 is not None
-            assert l2 is not None
-            self._norms[index] = (l1, l2)
-            self._elements[index] = _kept_elements(x, mask)
+            l1, l2 = self._detached_norms(index, x, args, kwargs)
+        self._collect(index, x, l1, l2)
         return y
 
+    def _collect(self, index: int, x: Tensor, l1: Tensor | None, l2: Tensor | None) -> None:
+        """Put the norms down. With hooks inside the checkpoint the recompute comes here again: the first ones stay."""
+        if l1 is not None and l2 is not None and index not in self._norms:
+            self._norms[index] = (l1, l2)
+            self._elements[index] = _kept_elements(x, self._token_mask(x))
+
+    def _token_mask(self, x: Tensor) -> Tensor | None:
+        return None if self._mask is None else self._mask[:, -x.shape[1] :].bool()
+
     def _detached_norms(
-        self, module: nn.Module, x: Tensor, mask: Tensor | None, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        x = x.detach()
-        output = module.forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+        self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.with_norms:
+            return None, None
+        layer, x = self.stack.layers[index], x.detach()
+        forward = self._bypassed.get(index, layer.forward)  # what the bypass replaced
+        if forward is _ABSENT:
+            forward = functools.partial(type(layer).forward, layer)
+        output = forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
         out = output[0] if isinstance(output, tuple) else output
-        return residual_norms(x, out, token_mask=mask, backend=self.backend)
+        return residual_norms(x, out, token_mask=self._token_mask(x), backend=self.backend)
 
 
 def distance(l1: Tensor, l2: Tensor, elements: Tensor | int, norm: str) -> Tensor:

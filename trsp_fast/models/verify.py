@@ -88,25 +88,21 @@ def verify_checkpoints(source: str | Path, pruned: str | Path, removed: Iterable
     """
     from transformers import AutoModelForCausalLM
 
+    removed = list(removed)
     before = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     expected = remove_layers(before, removed)
     checks, after = verify_checkpoint(expected, pruned)
-    bytes_check = checks[-1]
-    if trained and not bytes_check.passed:
-        same_shapes = {k: v.shape for k, v in expected.state_dict().items()} == {
-            k: v.shape for k, v in after.state_dict().items()
-        }
-        detail = f"weights were trained, {bytes_check.detail}"
-        checks[-1] = Check("reload: every tensor has its name and shape", same_shapes, detail)
-        if same_shapes:
+    if len(layer_stack(after)) != len(layer_stack(expected)):
+        counts = f"{len(layer_stack(after))}, not {len(layer_stack(expected))}"
+        return [*checks, Check("number of layers", False, counts)]
+    if trained and not checks[-1].passed:
+        shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
+        same = shapes[0] == shapes[1]
+        detail = f"weights were trained, {checks[-1].detail}"
+        checks[-1] = Check("reload: every tensor has its name and shape", same, detail)
+        checks.append(_check_descent(before, after, removed))
+        if same:
             expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
-    if not all(check.passed for check in checks) and before.num_parameters() - after.num_parameters() <= 0:
-        return checks
-    if layer_stack(after).path != layer_stack(expected).path or len(layer_stack(after)) != len(layer_stack(expected)):
-        return [
-            *checks,
-            Check("number of layers", False, f"{len(layer_stack(after))}, not {len(layer_stack(expected))}"),
-        ]
     return checks + verify_removal(before, after, removed)
 
 
@@ -160,6 +156,23 @@ def _check_generation(model: PreTrainedModel, tokens: Tensor) -> Check:
     return Check(
         name, worst <= bound, f"{length} tokens, logits within {worst:.1e} of their spread, allowed {bound:.0e}"
     )
+
+
+def _check_descent(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> Check:
+    """Each layer of `after` is nearest, by its largest weight, to the layer of `before` that it should come from."""
+    sources = [_largest_weight(layer) for layer in layer_stack(before).layers]
+    kept = [index for index in range(len(sources)) if index not in removed]
+    wrong = []
+    for own, layer in zip(kept, layer_stack(after).layers, strict=True):
+        weight = _largest_weight(layer)
+        distances = [float((weight - s).norm()) if s.shape == weight.shape else float("inf") for s in sources]
+        if min(distances) < distances[own]:
+            wrong.append(f"layer {own} is nearer to layer {distances.index(min(distances))}")
+    return Check("every layer descends from its own", not wrong, wrong[0] if wrong else f"{len(kept)} layers")
+
+
+def _largest_weight(layer: nn.Module) -> Tensor:
+    return max(layer.parameters(), key=lambda p: p.numel()).detach().float()
 
 
 def _check_counts(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> Check:

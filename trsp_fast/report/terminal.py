@@ -49,7 +49,7 @@ class _Bars:
         self.stage = ""
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
-        if kind in ("phase", "selected", "perplexity", "checks"):
+        if kind in ("phase", "selected", "perplexity", "checks", "end"):
             self._close()
         if kind == "select_step":
             self._advance("stage 1", f"round {values['round'] + 1}", values)
