@@ -26,6 +26,10 @@ SELECT = {
     "natural, fisher, 8 steps": {**NATURAL, "rank": "fisher", "shortlist": 0, "steps_per_round": 8},
     "natural, fisher + shortlist 3": {**NATURAL, "rank": "fisher", "shortlist": 3},
     "natural, fisher + shortlist 4": {**NATURAL, "rank": "fisher", "shortlist": 4},
+    "natural, lr 0.1, fisher + shortlist 3": {**NATURAL, "lr": 0.1, "rank": "fisher", "shortlist": 3},
+    "natural, lr 0.1, fisher + shortlist 4": {**NATURAL, "lr": 0.1, "rank": "fisher", "shortlist": 4},
+    "natural, lr 0.02, fisher + shortlist 4": {**NATURAL, "lr": 0.02, "rank": "fisher", "shortlist": 4},
+    "natural, lr 0.1, magnitude + shortlist 3": {**NATURAL, "lr": 0.1, "rank": "magnitude", "shortlist": 3},
     "gates fixed at 1, fisher + shortlist 3": {**NATURAL, "lr": 0.0, "rank": "fisher", "shortlist": 3},
     "sleb": {"method": "sleb"},
     "block influence": {"method": "shortgpt"},
@@ -48,6 +52,13 @@ TRANSFER = {
     "anneal, hold 0.8, lambda2 0.1, detached, lr 2e-3": {
         **ANNEAL, "hold": 0.8, "lambda2": 0.1, "detach_input": True, "lr": 2e-3
     },
+    "anneal, hold 0.8, lambda2 1, detached, lr 5e-4": {
+        **ANNEAL, "hold": 0.8, "lambda2": 1.0, "detach_input": True, "lr": 5e-4
+    },
+    "anneal, hold 0.8, lambda2 1, detached, lr 3e-4": {
+        **ANNEAL, "hold": 0.8, "lambda2": 1.0, "detach_input": True, "lr": 3e-4
+    },
+    "cut first, distill, lr 5e-4": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "lr": 5e-4},
     "cut first, distill": {**ANNEAL, "hold": 1.0, "lambda2": 0.0},
     "cut first, distill, lr 2e-3": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "lr": 2e-3},
 }  # fmt: skip
@@ -63,6 +74,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", default="", help="only the rows whose name contains this")
     parser.add_argument("--name", default="demo")
     arguments = parser.parse_args()
     subject = Subject(arguments.model, arguments.data) if arguments.model else Subject.demo()
@@ -73,6 +85,8 @@ def main() -> None:
         tokens = subject.calibration(arguments.samples, seed)
         if arguments.stage == "select":
             for name, settings in SELECT.items():
+                if arguments.only not in name:
+                    continue
                 layers, cost = subject.chosen(tokens, arguments.count, seed, settings)
                 value = subject.cut_perplexity(layers)
                 rows.append({"arm": name, "seed": seed, "layers": layers, "perplexity": value, "window_forwards": cost})
@@ -84,6 +98,8 @@ def main() -> None:
             layers, _ = subject.chosen(tokens, arguments.count, seed, {})
         print(f"layers {layers}: cut {subject.cut_perplexity(layers):.3f}", flush=True)
         for name, settings in TRANSFER.items():
+            if arguments.only not in name:
+                continue
             result = subject.transferred(tokens, layers, seed, {**settings, "epochs": arguments.epochs})
             rows.append({"arm": name, "seed": seed, "layers": layers, **result})
             print(

@@ -1,6 +1,6 @@
 """The honest table: this method and its rivals on the built-in model at equal tokens, 3 of 12 layers.
 
-python bench/table.py [--seeds 0,1,2] [--samples 512] [--epochs 1]
+python bench/table.py [--seeds 0,1,2] [--samples 256] [--epochs 1]
 """
 
 import argparse
@@ -11,8 +11,8 @@ from arms import Subject, write_results
 
 from trsp_fast.config import PRESETS
 
-TUNE = {"gate": "none", "objective": "lm", "lambda2": 0.0, "lr": 1e-3, "warmup": 0.05}
-CUT_FIRST = {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "lr": 1e-3, "warmup": 0.05}
+TUNE = {"gate": "none", "objective": "lm", "lambda2": 0.0, "lr": 5e-4, "warmup": 0.05}
+CUT_FIRST = {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "lr": 5e-4, "warmup": 0.05}
 PAPER = {name: dict(values) for name, values in PRESETS["paper"].items()}
 
 # arm -> (how layers are chosen, how they are transferred; None: not at all)
@@ -26,8 +26,8 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "direct cut, random": ({"method": "random"}, None),
     "trsp, default": ({}, {}),
     "trsp, as published": (PAPER["select"], PAPER["transfer"]),
-    "trsp, as published at lr 1e-3, lambda2 1": (PAPER["select"], {**PAPER["transfer"], "lr": 1e-3, "lambda2": 1.0}),
-    "trsp choice, published penalty at lr 1e-3, lambda2 1": ({}, {**PAPER["transfer"], "lr": 1e-3, "lambda2": 1.0}),
+    "trsp, as published at lr 5e-4, lambda2 1": (PAPER["select"], {**PAPER["transfer"], "lr": 5e-4, "lambda2": 1.0}),
+    "trsp choice, published penalty at lr 5e-4, lambda2 1": ({}, {**PAPER["transfer"], "lr": 5e-4, "lambda2": 1.0}),
     "sleb, cut then tuned (lm)": ({"method": "sleb"}, {**CUT_FIRST, "objective": "lm"}),
     "sleb, cut then distilled": ({"method": "sleb"}, {**CUT_FIRST, "objective": "distill"}),
     "block influence, cut then distilled": ({"method": "shortgpt"}, {**CUT_FIRST, "objective": "distill"}),
@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--count", type=int, default=3)
     arguments = parser.parse_args()

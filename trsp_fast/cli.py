@@ -68,7 +68,7 @@ def demo(
 ) -> None:
     """Prune 3 of the 12 layers of the built-in model, start to report."""
     out = out or Path("demo-pruned")
-    values = _values(None, "3", None, seed, preset, None, ["data.samples=512", *(settings or [])], device, dtype)
+    values = _values(None, "3", None, seed, preset, None, ["data.samples=256", *(settings or [])], device, dtype)
     _prune(_resolved("demo"), "demo", None, out, values, as_json, title="the built-in demo model")
 
 
