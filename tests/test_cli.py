@@ -114,6 +114,47 @@ def test_remove_and_verify_real_model(run, stories_folder, tmp_path):
     assert run("verify", stories_folder, out, "--removed", "3")[0] == 1
 
 
+@pytest.mark.parametrize("stated", ["bfloat16", "float32"])
+def test_tensors_keep_their_own_dtype_whatever_the_configuration_says(run, tmp_path, stated):
+    mixed = tiny_llama(layers=5)
+    for name, parameter in mixed.named_parameters():
+        if "norm" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    mixed.save_pretrained(tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps({**config, "dtype": stated}))
+    assert run("remove", tmp_path / "mixed", "--layers", "4", "--out", tmp_path / "out")[0] == 0
+    source, pruned = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "out"))
+    assert pruned["model.norm.weight"].dtype == torch.float32
+    for name, tensor in pruned.items():
+        assert tensor.dtype == source[name].dtype
+        assert torch.equal(tensor, source[name])
+    assert run("verify", tmp_path / "mixed", tmp_path / "out", "--removed", "4")[0] == 0
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_broken_report_is_one_sentence(run, tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    code, _, error = run("report", tmp_path)
+    assert (code, error.count("\n")) == (2, 1)
+
+
+def test_a_truncated_checkpoint_is_one_sentence(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "half")
+    content = (model / "model.safetensors").read_bytes()
+    (tmp_path / "half" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    code, _, error = run("remove", tmp_path / "half", "--layers", "2", "--out", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "cannot be loaded" in error
+
+
+def test_select_takes_the_method_of_the_settings(run, model, tokens):
+    code, text, _ = run("select", model, "--num-layers", 2, "--set", "select.method=last", "--data", tokens, "--json")
+    assert code == 0
+    assert json.loads(text)["method"] == "last"
+    assert json.loads(text)["layers"] == [3, 4]
+
+
 def test_prune_and_eval_real_text(run, stories_folder, stories_text, tmp_path):
     out = tmp_path / "out"
     code, text, error = run(
@@ -224,6 +265,10 @@ ROWS = {
     "no configuration": (["--config", "{bad}/none.yaml"], "cannot be read"),
     "unknown setting": (["--set", "transfer.speed=1"], "transfer.speed is not a field"),
     "unknown preset": (["--preset", "best"], "preset is 'best'"),
+    "no real device": (["--device", "meta"], "device 'meta' cannot be used"),
+    "huge seed": (["--seed", "99999999999999999999999"], "seed is 99999999999999999999999; it must be between"),
+    "ratio nan": (["--ratio", "nan"], "ratio is nan; it must be a finite number"),
+    "output below missing folders": (["--out", "{bad}/full/file/a/b"], "cannot be created"),
     "unknown device": (["--device", "toaster"], "device 'toaster' cannot be used"),
     "unknown option": (["--fast"], "No such option"),
 }

@@ -142,10 +142,6 @@ def test_stage_2_moves_the_knowledge_out(demo):
     first, last = history[0]["D"], history[-1]["D"]
     assert all(last[layer] <= 0.5 * first[layer] for layer in layers), (first, last)
     small = trsp.remove_layers(model, layers)
-    # stage 2 ends with the gates at 0, so the cut is measured from the function that stage 2 optimised
-    with trsp.LayerGates(model, mode="residual", layers=layers) as gates:
-        gates.values.data.fill_(history[-1]["gate"])
-        before_cut = mean_loss(model, evaluation)
-    after_cut = mean_loss(small, evaluation)
-    assert after_cut - before_cut <= 0.25 * jump
-    assert after_cut - dense < jump
+    before_cut, after_cut = mean_loss(model, evaluation), mean_loss(small, evaluation)  # all layers on, no gates
+    assert after_cut - before_cut <= 0.25 * jump, (dense, jump, before_cut, after_cut)
+    assert after_cut - dense <= 0.6 * jump, (dense, jump, before_cut, after_cut)

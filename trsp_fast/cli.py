@@ -1,7 +1,9 @@
 """The command line: arguments in, one sentence or a table out. Every command is a thin face of a public function."""
 
 import json
+import math
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +70,8 @@ def demo(
 ) -> None:
     """Prune 3 of the 12 layers of the built-in model, start to report."""
     out = out or Path("demo-pruned")
-    values = _values(None, "3", None, seed, preset, None, ["data.samples=256", *(settings or [])], device, dtype)
+    settings = ["num_layers=3", "data.samples=256", *(settings or [])]
+    values = _values(None, None, None, seed, preset, None, settings, device, dtype)
     _prune(_resolved("demo"), "demo", None, out, values, as_json, title="the built-in demo model")
 
 
@@ -102,7 +105,9 @@ def select(
     data: Data,
     ratio: Ratio = None,
     num_layers: NumLayers = None,
-    method: Annotated[str, typer.Option("--method", help="trsp, shortgpt, sleb, last, first or random.")] = "trsp",
+    method: Annotated[
+        str | None, typer.Option("--method", help="trsp (default), shortgpt, sleb, last, first or random.")
+    ] = None,
     config: ConfigFile = None,
     settings: Settings = None,
     preset: Preset = None,
@@ -118,7 +123,7 @@ def select(
     from trsp_fast.data import check_source
     from trsp_fast.select import choose_layers
 
-    settings = [*(settings or []), f"select.method={method}"]
+    settings = [*(settings or []), *([f"select.method={method}"] if method else [])]
     values = _values(ratio, num_layers, None, seed, preset, config, settings, device, dtype)
     chosen_config = TRSPConfig.from_dict(values)
     check_source(data)
@@ -127,12 +132,12 @@ def select(
     selection = choose_layers(loaded, tokens, chosen_config, _events(as_json))
     layers = sorted(selection.layers)
     answer = {
-        "method": method,
+        "method": chosen_config.select.method,
         "layers": layers,
         "order_of_choice": selection.layers,
         "window_forwards": selection.window_forwards,
     }
-    _print(answer, as_json, f"{method} removes layers {', '.join(map(str, layers))}")
+    _print(answer, as_json, f"{chosen_config.select.method} removes layers {', '.join(map(str, layers))}")
 
 
 @app.command()
@@ -140,13 +145,16 @@ def remove(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name, or demo.", callback=_resolved)
     ],
+    out: Out,
     layers: Layers = None,
-    out: Out = Path("pruned"),
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Remove layers from a checkpoint as they are, and prove the result."""
+    import torch
+
+    from trsp_fast.engine.precision import SourceWeights, cast_parameters
     from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
     from trsp_fast.models.removal import remove_layers
     from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
@@ -161,9 +169,12 @@ def remove(
         except UserError as error:
             tokenizer = None
             _say(f"note: {error}", as_json)
+        source = SourceWeights(model, torch.float32)
+        cast_parameters(model, torch.float32)
         small = remove_layers(model, removed)
         checks = verify_removal(model, small, removed)
         require(checks)
+        source.restore(small)
         save_checkpoint(small, stage, tokenizer)
         on_disk, _ = verify_checkpoint(small, stage)
         require(on_disk)
@@ -227,7 +238,8 @@ def evaluate(
     tokens = evaluation_windows(stream, window_length(loaded.config, seq_len))
     check_vocabulary(tokens, loaded.config.get_text_config(decoder=True).vocab_size)
     value = perplexity(loaded, tokens)
-    answer = {"model": model, "data": data, "perplexity": value, "tokens": tokens.numel(), "seq_len": tokens.shape[1]}
+    finite = value if math.isfinite(value) else None  # JSON has no infinity
+    answer = {"model": model, "data": data, "perplexity": finite, "tokens": tokens.numel(), "seq_len": tokens.shape[1]}
     _print(answer, as_json, f"perplexity {value:.4f} on {tokens.numel():,} tokens in windows of {tokens.shape[1]}")
 
 
@@ -237,6 +249,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write DIR/report.html again from DIR/report.json."""
+    import jinja2
+
     from trsp_fast.models.checkpoint import read_json
     from trsp_fast.report.html import headline, write_report
 
@@ -244,13 +258,17 @@ def report(
     if not path.exists():
         raise UserError(f"{str(path)!r} does not exist; give a folder written by trsp-fast prune or demo.")
     values = read_json(path)
-    write_report(values, folder / "report.html")
+    try:
+        write_report(values, folder / "report.html")
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise UserError(f"{str(path)!r} lacks {error}; give a folder written by trsp-fast prune or demo.") from None
     _print({"report": str(folder / "report.html")}, as_json, f"{headline(values)}\n{folder / 'report.html'}")
 
 
 def main() -> None:
     """Run a command; the user's mistakes end as one sentence on stderr, never as a traceback."""
     _quiet_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
     code = 0
     try:
         code = app(standalone_mode=False) or 0  # typer turns Ctrl-C into the code 130
@@ -269,6 +287,11 @@ def main() -> None:
             raise
         code = _fail(f"{error.format_message().rstrip('.')}; see trsp-fast --help.", 2)
     sys.exit(code)
+
+
+def _terminate(*_arguments: object) -> None:
+    """SIGTERM ends the run as Ctrl-C does, by an exception, so that nothing is left half-written."""
+    sys.exit(143)
 
 
 def _prune(

@@ -109,7 +109,7 @@ class TRSPConfig:
     ratio: float | None = None
     num_layers: int | None = None
     layers: tuple[int, ...] | None = None
-    seed: int = _setting(0, low=0)
+    seed: int = _setting(0, low=0, high=2**63 - 1)
     dtype: str = _setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = _setting("auto")
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -159,7 +159,7 @@ class TRSPConfig:
         """Build from nested plain values on top of the preset that `values["preset"]` names (default: `default`)."""
         values = dict(values)
         preset = values.pop("preset", "default")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}.")
         return _build(cls, _merge(PRESETS[preset], values), "")
 
@@ -358,7 +358,9 @@ def _check(instance: Any, prefix: str) -> None:
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
         too_low, too_high = low is not None and value < low, high is not None and value > high
         if (isinstance(value, float) and not math.isfinite(value)) or too_low or too_high:
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            bounds = "a finite number"
+            if low is not None:
+                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{name} is {value}; it must be {bounds}.")
 
 

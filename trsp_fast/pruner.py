@@ -18,7 +18,7 @@ from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import layer_stack
-from trsp_fast.models.gates import LayerGates, bypassed
+from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.html import write_report
@@ -38,7 +38,7 @@ class PruneResult:
     model: the pruned model, in the dtypes of the model that came in.
     history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer).
     perplexity: on the evaluation tokens: `dense`, `cut` (the chosen layers bypassed before stage 2), `transferred`
-        (after stage 2, before the cut) and `pruned` (the result, reloaded from disk if it was written).
+        (after stage 2, all layers on, no gates) and `pruned` (the result, reloaded from disk if it was written).
     checks: what was proved about the export.
     report: every number of report.json.
     """
@@ -135,6 +135,7 @@ class _Run:
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         torch.manual_seed(self.config.seed)
+        torch.use_deterministic_algorithms(self.config.run.deterministic)
         self._measure("dense", self.model)
         selection = self._timed("select", self._select)
         removed = sorted(selection.layers)
@@ -143,10 +144,7 @@ class _Run:
             self._measure("cut", self.model)
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
-            # the function that stage 2 ended with: annealed gates are at or near 0 there
-            with LayerGates(self.model, mode="residual", layers=removed, norms=False) as gates:
-                gates.values.data.fill_(transferred[-1]["gate"])
-                self._measure("transferred", self.model)
+            self._measure("transferred", self.model)
         small = remove_layers(self.model, removed)
         checks = verify_removal(self.model, small, removed)
         require(checks)
@@ -227,7 +225,7 @@ class _Run:
             "speed": speed,
             "checks": [asdict(check) for check in checks],
             "proven": all(check.passed for check in checks),
-            "trained": bool(history["transfer"]) or self.config.select.train_weights,
+            "trained": bool(history["transfer"]) or (bool(history["select"]) and self.config.select.train_weights),
             "selection": {
                 "method": "given" if self.config.layers is not None else self.config.select.method,
                 "window_forwards": selection.window_forwards,

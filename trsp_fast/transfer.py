@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.objective import distillation_loss, epochs_of_batches
-from trsp_fast.engine.precision import cast_parameters, compute_in
+from trsp_fast.engine.precision import fp32_weights
 from trsp_fast.errors import CheckFailed
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.run.events import Events
@@ -45,18 +45,16 @@ def transfer(
         return []
     batches = epochs_of_batches(tokens, batch, torch.Generator().manual_seed(config.seed))
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if settings.objective == "distill" else None
-    training, dtype = model.training, next(model.parameters()).dtype
-    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cast_parameters(model, torch.float32)
     model.eval().requires_grad_(True)
     history = []
     try:
-        with _gates(model, layers, settings) as gates:
+        with fp32_weights(model) as autocast, _gates(model, layers, settings) as gates:
             optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
             for step in range(steps):
                 batch_tokens = next(batches).to(gates.values.device)
-                with compute_in(gates.values.device, dtype):
+                with autocast:
                     entry = _step(model, teacher, batch_tokens, gates, optimizer, settings, step, steps)
                 events.emit("transfer_step", **entry)
                 history.append(entry)
@@ -64,8 +62,6 @@ def transfer(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-        for parameter, own in dtypes:
-            parameter.data = parameter.data.to(own)
         model.train(training)
     return history
 
@@ -130,10 +126,13 @@ def _step(
 
 
 def gate_at(settings: TransferConfig, step: int, steps: int) -> float:
-    """The gate of the chosen layers: 1 at the first step, linearly to 0 after 1 - hold of the steps, then 0."""
+    """The gate of the chosen layers: 1 at the first step, linearly to 0 after 1 - hold of the steps, then 0.
+
+    It is 0 at the last step also where `hold` is 0, so that the cut changes nothing.
+    """
     if settings.gate == "none":
         return 1.0
-    falling = (1 - settings.hold) * steps
+    falling = min((1 - settings.hold) * steps, steps - 1)
     return max(0.0, 1 - step / falling) if falling else 0.0
 
 

@@ -41,6 +41,22 @@ def test_other_errors_keep_their_kind(tmp_path):
         fail(tmp_path / "out", OSError(errno.EIO, "broken"))
 
 
+def test_folders_made_on_the_way_vanish_with_a_failure(tmp_path):
+    check_output(tmp_path / "a" / "b" / "out")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "a" / "b" / "out", RuntimeError("x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with staged_output(tmp_path / "link") as stage:
+        (stage / "a").write_text("1")
+    assert (tmp_path / "real" / "a").read_text() == "1"
+
+
 def test_an_empty_folder_may_be_filled(tmp_path):
     (tmp_path / "out").mkdir()
     with staged_output(tmp_path / "out") as stage:

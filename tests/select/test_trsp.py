@@ -9,6 +9,7 @@ from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
+from trsp_fast.select import trsp as trsp_stage_1
 
 
 def config(count=2, **select):
@@ -92,20 +93,38 @@ def test_gates_are_reset_or_carried_between_rounds(llama, tokens, reset):
 
 
 def test_the_smallest_gate_goes_by_magnitude(llama, tokens):
-    selection = choose(llama, tokens, config(count=1, optimizer="sgd", lr=0.5, lambda1=0.1, rank="magnitude"))
-    with LayerGates(llama) as gates:
-        assert len(gates.values) == 6
-    rounds = []
-    choose(
-        llama,
-        tokens,
-        config(count=1, optimizer="sgd", lr=0.5, lambda1=0.1, rank="magnitude"),
-        lambda k, v: rounds.append((k, v)),
-    )
-    gate = next(v["gate"] for k, v in rounds if k == "round")
-    before = selection.history[-1]["gates"]
-    assert gate <= min(before) + 0.5  # one step after the last entry
-    assert selection.layers == [next(v["layer"] for k, v in rounds if k == "round")]
+    selection = choose(llama, tokens, config(optimizer="sgd", lr=0.5, lambda1=0.1, rank="magnitude"))
+    assert len(selection.rounds) == 2
+    for entry in selection.rounds:
+        sizes = [float("inf") if gate is None else abs(gate) for gate in entry["gates"]]
+        assert entry["layer"] == sizes.index(min(sizes))
+    assert selection.layers == [entry["layer"] for entry in selection.rounds]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_weights_of_low_precision_learn_as_fp32_copies(llama, tokens, dtype):
+    model = llama.to(dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    choose(model, tokens, config(train_weights=True, optimizer="adam", lr=1e-2, weights_lr=1e-3))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) > len(before) // 2
+
+
+def test_gates_of_removed_layers_stop_moving(llama, tokens):
+    seen = []
+    settings = config(optimizer="adam", lr=0.05, reset_gates=False, rank="magnitude")
+    with pytest.MonkeyPatch.context() as patch:
+        original = trsp_stage_1._move_gates
+
+        def watched(learning):
+            original(learning)
+            seen.append((set(learning.alive), learning.gates.values.detach().clone()))
+
+        patch.setattr(trsp_stage_1, "_move_gates", watched)
+        choose(llama, tokens, settings)
+    gone = next(iter(seen[0][0] - seen[-1][0]))
+    assert len({float(values[gone]) for alive, values in seen if gone not in alive}) == 1
 
 
 def test_a_shortlist_of_all_layers_is_one_round_of_sleb(llama, tokens):
@@ -141,6 +160,11 @@ def test_protected_layers_carry_no_gate(llama, tokens):
     assert set(selection.layers) == {2, 3}
     assert selection.history[0]["gates"][0] is None
     assert selection.history[0]["gates"][5] is None
+
+
+def test_protecting_more_layers_than_there_are_is_refused(llama, tokens):
+    with pytest.raises(UserError, match="only 0 of 6 are not protected"):
+        choose(llama, tokens, config(protect_last=7))
 
 
 def test_too_much_protection_is_refused(llama, tokens):

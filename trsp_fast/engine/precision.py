@@ -1,6 +1,7 @@
 """In which dtype a run computes, trains and hands back its weights."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def compute_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Autocast for the forward pass of fp32 weights in `dtype`; nothing where that is fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def fp32_weights(model: PreTrainedModel) -> Iterator[AbstractContextManager]:
+    """fp32 copies of the weights inside, for training; yields the autocast to the dtype they came in and go back to."""
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    first = dtypes[0][0]
+    context = compute_in(first.device, first.dtype)
+    cast_parameters(model, torch.float32)
+    try:
+        yield context
+    finally:
+        for parameter, own in dtypes:
+            parameter.data = parameter.data.to(own)
 
 
 class SourceWeights:

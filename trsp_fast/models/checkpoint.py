@@ -40,7 +40,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and the hub raise dozens of kinds for a bad checkpoint
         raise UserError(
             f"model {name!r} cannot be loaded ({_first_line(error)}); give a folder or hub name of a causal LM."
         ) from None
@@ -49,6 +49,8 @@ def load_model(
             f"model {name!r} lacks {len(missing)} of its weights ({missing[0]} first), which would be random; "
             "give a complete checkpoint."
         )
+    if dtype == "auto":
+        restore_own_dtypes(model, name)
     layer_stack(model)
     check_finite(model)
     return model.to(resolve_device(device)).eval()
@@ -72,11 +74,32 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: bool 
     return tokenizer
 
 
+def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give each parameter the dtype and the bytes that it has in the files of `folder`.
+
+    transformers casts everything to the configuration's one dtype, which loses what a file holds in a wider one.
+    """
+    from safetensors import safe_open
+
+    parameters = dict(model.named_parameters())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                parameter = parameters.get(name)
+                if parameter is not None and _DTYPES.get(file.get_slice(name).get_dtype()) != parameter.dtype:
+                    parameter.data = file.get_tensor(name).to(parameter.device)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{resolved.type} is not supported")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -139,7 +162,20 @@ def checkpoint_bytes(folder: str | Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """A JSON object from a file.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({_first_line(error)}); give a folder written by prune."
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not an object; give prune's folder.")
+    return values
 
 
 def _first_line(error: BaseException) -> str:

@@ -89,6 +89,11 @@ def check_causal(config: Any, architecture: str | None = None) -> None:
         raise UserError(
             f"{config.model_type} is not supported: {UNSUPPORTED[config.model_type]}; choose a model of another family."
         )
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError(
+            f"{name} scales attention by the layer's own index, which a cut changes; choose a model without "
+            "scale_attn_by_inverse_layer_idx."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{name} has quantised weights; prune the unquantised model and quantise the result.")
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trsp_fast.errors import CheckFailed, UserError
-from trsp_fast.models.families import layer_count, layer_stack
+from trsp_fast.engine.precision import cast_parameters
+from trsp_fast.errors import CheckFailed
+from trsp_fast.models.checkpoint import restore_own_dtypes
+from trsp_fast.models.families import layer_count, layer_stack, slice_config
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
 
@@ -48,7 +50,7 @@ def verify_removal(before: PreTrainedModel, after: PreTrainedModel, removed: Ite
         _check_generation(after, tokens),
         _check_counts(before, after, removed),
         _check_ties(before, after),
-        _check_config(after),
+        _check_config(before, after, removed),
     ]
 
 
@@ -61,6 +63,7 @@ def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[
     from transformers import AutoModelForCausalLM
 
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    restore_own_dtypes(reloaded, folder)
     odd = {kind: sorted(map(str, info.get(kind) or [])) for kind in _KEY_PROBLEMS}
     odd = {kind: keys for kind, keys in odd.items() if keys}
     ours, theirs = model.state_dict(), reloaded.state_dict()
@@ -90,19 +93,19 @@ def verify_checkpoints(source: str | Path, pruned: str | Path, removed: Iterable
 
     removed = list(removed)
     before = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    restore_own_dtypes(before, source)
     expected = remove_layers(before, removed)
     checks, after = verify_checkpoint(expected, pruned)
-    if len(layer_stack(after)) != len(layer_stack(expected)):
-        counts = f"{len(layer_stack(after))}, not {len(layer_stack(expected))}"
-        return [*checks, Check("number of layers", False, counts)]
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+        return [*checks, Check("names and shapes of all tensors", False, f"{len(odd)} differ, {odd[0]} first")]
     if trained and not checks[-1].passed:
-        shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
-        same = shapes[0] == shapes[1]
-        detail = f"weights were trained, {checks[-1].detail}"
-        checks[-1] = Check("reload: every tensor has its name and shape", same, detail)
-        checks.append(_check_descent(before, after, removed))
-        if same:
-            expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
+        checks[-1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[-1].detail}")
+        checks += [_check_descent(before, after, removed), _check_nearness(expected, after)]
+        expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
+    for model in (before, expected, after):
+        cast_parameters(model, torch.float32)  # mixed dtypes do not run; every stored dtype fits into fp32
     return checks + verify_removal(before, after, removed)
 
 
@@ -146,6 +149,8 @@ def _check_generation(model: PreTrainedModel, tokens: Tensor) -> Check:
         return Check(name, False, f"{type(problem).__name__}: {problem}")
     precision = torch.finfo(next(model.parameters()).dtype).eps
     worst = 0.0
+    if not all(bool(torch.isfinite(logits).all()) for logits in (*cached.logits, *uncached.logits)):
+        return Check(name, False, "logits are not finite")
     same = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     for step, (a, b) in enumerate(zip(cached.logits, uncached.logits, strict=True)):
         scale = b.double().std(-1).clamp(min=1e-30)
@@ -171,6 +176,18 @@ def _check_descent(before: PreTrainedModel, after: PreTrainedModel, removed: lis
     return Check("every layer descends from its own", not wrong, wrong[0] if wrong else f"{len(kept)} layers")
 
 
+def _check_nearness(expected: PreTrainedModel, after: PreTrainedModel) -> Check:
+    """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
+    worst, name = 0.0, ""
+    theirs = dict(after.named_parameters())
+    for key, source in expected.named_parameters():
+        change = float((theirs[key].detach().float() - source.detach().float()).norm())
+        relative = change / max(float(source.detach().float().norm()), 1e-12)
+        if source.dim() > 1 and not relative <= worst:
+            worst, name = relative, key
+    return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {name}")
+
+
 def _largest_weight(layer: nn.Module) -> Tensor:
     return max(layer.parameters(), key=lambda p: p.numel()).detach().float()
 
@@ -193,18 +210,30 @@ def _check_ties(before: PreTrainedModel, after: PreTrainedModel) -> Check:
     return Check("tied weights", was == now, f"{'tied' if now else 'not tied'}, before {'tied' if was else 'not tied'}")
 
 
-def _check_config(after: PreTrainedModel) -> Check:
-    """The configuration agrees with the layers, and survives the validation that transformers does on loading."""
-    config = after.config.to_dict()
-    config = config.get("text_config") or config
-    name, count = layer_count(config)
-    wrong = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) and len(config[key]) != count]
-    try:
-        type(after.config).from_dict(after.config.to_dict())
-    except Exception as error:  # transformers raises several kinds here
-        wrong.append(f"{type(error).__name__}: {error}")
+def _check_config(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> Check:
+    """The configuration is the sliced one of `before`, agrees with the layers, and passes transformers' validation."""
+    kept = [index for index in range(len(layer_stack(before))) if index not in removed]
+    found = after.config.to_dict()
+    wanted = type(after.config).from_dict(slice_config(before.config.to_dict(), kept)).to_dict()
+    keys = (found.keys() | wanted.keys()) - _BOOKKEEPING
+    wrong = [
+        f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in sorted(keys) if found.get(key) != wanted.get(key)
+    ]
     try:
         layer_stack(after)
-    except UserError as error:
-        wrong.append(str(error))
+        type(after.config).from_dict(found)
+    except Exception as error:  # transformers raises several kinds here
+        wrong.append(f"{type(error).__name__}: {error}")
+    name, count = layer_count(found.get("text_config") or found)
     return Check("configuration", not wrong, f"{name} = {count}" + (f", wrong: {wrong[0]}" if wrong else ""))
+
+
+# Fields that say how a model was stored, not what it computes.
+_BOOKKEEPING = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_attn_implementation",
+}

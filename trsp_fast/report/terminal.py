@@ -14,7 +14,7 @@ from trsp_fast.run.events import Listener
 _PERPLEXITIES = {
     "dense": "dense model",
     "cut": "layers cut, no stage 2",
-    "transferred": "after stage 2, before the cut",
+    "transferred": "after stage 2, all layers on",
     "pruned": "TRSP result",
 }
 

@@ -19,20 +19,34 @@ def check_output(out: str | Path) -> Path:
     Raises:
         UserError: it is a file, is not empty, or its parent cannot be written.
     """
-    path = Path(os.path.abspath(out))
+    path = Path(os.path.realpath(out))
     if path.exists() and not path.is_dir():
         raise UserError(f"output {str(out)!r} is a file; give a folder that does not exist yet or is empty.")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"output {str(out)!r} is not empty; give a new or empty folder, or remove it first.")
+    with _parents_of(path, out), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
+        pass
+    return path
+
+
+@contextmanager
+def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
+    """The folders above `path` exist inside; those made for it that are still empty afterwards are removed again."""
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
-            pass
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"output {str(out)!r} cannot be created ({error.strerror}); give a folder that can be written."
         ) from None
-    return path
+    try:
+        yield
+    finally:
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 @contextmanager
@@ -45,19 +59,23 @@ def staged_output(out: str | Path) -> Iterator[Path]:
         UserError: `out` cannot be created (see `check_output`), or there is no space left.
     """
     path = check_output(out)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield stage
-        _flush(stage)
-        stage.chmod(0o755)
-        os.rename(stage, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(f"no space left for {str(out)!r} ({error.strerror}); nothing was written, make room.") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with _parents_of(path, out):
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        try:
+            yield stage
+            _flush(stage)
+            stage.chmod(0o755)
+            check_output(out)  # somebody may have filled it meanwhile
+            os.rename(stage, path)
+            _flush_folder(path.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"no space left for {str(out)!r} ({error.strerror}); nothing was written, make room."
+            ) from None
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -28,4 +28,4 @@ def candidates(model: PreTrainedModel, config: TRSPConfig, *, protect: bool = Tr
     total = len(layer_stack(model))
     if not protect:
         return list(range(total))
-    return list(range(total))[config.select.protect_first : total - config.select.protect_last]
+    return list(range(total))[config.select.protect_first : max(0, total - config.select.protect_last)]

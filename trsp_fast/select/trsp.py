@@ -7,7 +7,7 @@ spread of the gradient over sequences is not noise: its second moment F is the c
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import SelectConfig, TRSPConfig
 from trsp_fast.engine.objective import epochs_of_batches, language_model_loss, mean_loss
+from trsp_fast.engine.precision import fp32_weights
 from trsp_fast.errors import CheckFailed
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.run.events import Events
@@ -39,6 +40,7 @@ class _Learning:
     batches: Iterator[Tensor]
     steps: int
     events: Events
+    autocast: AbstractContextManager
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     curvature: Tensor = field(default_factory=lambda: torch.zeros(0))
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -67,9 +69,12 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
     steps = settings.steps_per_round or -(-len(tokens) // batch)
     chosen: list[int] = []
     model.eval()  # no dropout: the gates measure the layers as they are used
-    with _trainable(model, settings.train_weights), LayerGates(model, mode=settings.gate_mode, layers=allowed) as gates:
+    with (
+        _trainable(model, settings.train_weights) as autocast,
+        LayerGates(model, mode=settings.gate_mode, layers=allowed) as gates,
+    ):
         batches = epochs_of_batches(tokens, batch, generator)
-        learning = _Learning(model, settings, gates, allowed, batches, steps, events)
+        learning = _Learning(model, settings, gates, allowed, batches, steps, events, autocast)
         rounds = 1 if settings.schedule == "oneshot" else count
         for index in range(rounds):
             _learn_round(learning, index)
@@ -92,7 +97,8 @@ def _learn_round(learning: _Learning, index: int) -> None:
     learning.curvature = torch.zeros_like(gates.values)
     for step in range(learning.steps):
         tokens = next(learning.batches).to(gates.values.device)
-        lm_loss = language_model_loss(learning.model, tokens)
+        with learning.autocast:
+            lm_loss = language_model_loss(learning.model, tokens)
         alive = torch.tensor(learning.alive, device=gates.values.device)
         penalty = learning.config.lambda1 * gates.values[alive].abs().sum()
         gates.values.grad = None
@@ -125,9 +131,12 @@ def _move_gates(learning: _Learning) -> None:
         if settings.optimizer == "natural":
             gradient = gradient / (learning.curvature + DAMPING)
         gates.values.grad = gradient
+    before = gates.values.detach().clone()
     for optimizer in learning.optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    # Adam's momentum would go on moving the gates of removed layers
+    gates.values.data.copy_(torch.where(alive, gates.values, before))
 
 
 def _optimizers(learning: _Learning) -> list[torch.optim.Optimizer]:
@@ -218,13 +227,14 @@ def _unprotected(model: PreTrainedModel, config: TRSPConfig, count: int, events:
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, train: bool) -> Iterator[None]:
-    """All weights frozen or all trained inside; the flags come back."""
+def _trainable(model: PreTrainedModel, train: bool) -> Iterator[AbstractContextManager]:
+    """All weights frozen, or all trained as fp32 copies; yields the autocast of the forward pass. Flags come back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(train)
     try:
-        yield
+        with fp32_weights(model) if train else nullcontext(nullcontext()) as autocast:
+            yield autocast
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
