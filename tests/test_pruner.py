@@ -15,7 +15,7 @@ from trsp_fast.engine.objective import mean_loss
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import load_model, load_tokenizer
 from trsp_fast.models.gates import bypassed
-from trsp_fast.models.verify import same_bytes
+from trsp_fast.models.verify import same_bytes, verify_removal
 from trsp_fast.select import choose_layers
 from trsp_fast.transfer import transfer
 
@@ -69,6 +69,23 @@ def test_same_seed_same_checkpoint_to_the_byte(tokens, tmp_path, llama):
         trsp.prune(copy.deepcopy(llama), tokens, config(seed=7), out=tmp_path / name)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert a == b
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_holds_inside_the_run_only(llama, tokens, monkeypatch, before):
+    seen = []
+    original = verify_removal
+    monkeypatch.setattr(
+        "trsp_fast.pruner.verify_removal",
+        lambda *arguments: seen.append(torch.are_deterministic_algorithms_enabled()) or original(*arguments),
+    )
+    torch.use_deterministic_algorithms(before)
+    try:
+        trsp.prune(llama, tokens, config(run={"deterministic": True}, transfer={"epochs": 0}))
+        assert seen == [True]
+        assert torch.are_deterministic_algorithms_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_an_unproven_export_is_not_written(llama, tokens, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""The command line: arguments in, one sentence or a table out. Every command is a thin face of a public function."""
+"""The command line: arguments in, one sentence or a table out. Every command is a thin face of a public function.
+
+Longer than other files because typer wants every option of every command spelled out in its signature.
+"""
 
 import json
 import math
@@ -282,7 +285,7 @@ def main() -> None:
         code = _fail(str(error), 1)
     except typer.Exit as error:
         code = error.exit_code
-    except Exception as error:
+    except Exception as error:  # only typer's usage errors, whose class moves between its releases; defects go on
         if not hasattr(error, "format_message"):
             raise
         code = _fail(f"{error.format_message().rstrip('.')}; see trsp-fast --help.", 2)

@@ -101,7 +101,7 @@ def prune(
 
 
 class _Run:
-    """One run in progress; `execute` reads like the paper."""
+    """One run in progress; `_execute` reads like the paper."""
 
     def __init__(
         self,
@@ -134,8 +134,15 @@ class _Run:
         self.seconds: dict[str, float] = {}
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(before or self.config.run.deterministic)
+        try:
+            return self._execute(stage, tokenizer)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    def _execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         torch.manual_seed(self.config.seed)
-        torch.use_deterministic_algorithms(self.config.run.deterministic)
         self._measure("dense", self.model)
         selection = self._timed("select", self._select)
         removed = sorted(selection.layers)
