@@ -98,6 +98,16 @@ def test_checkpointing_changes_neither_loss_nor_gradients(llama, tokens, mode, d
     torch.testing.assert_close(kept_rows, plain_rows, rtol=0, atol=0)
 
 
+def test_a_recomputed_layer_does_not_replace_the_norms_of_the_forward_pass(llama, tokens):
+    """What a checkpoint with the hooks inside does in the backward pass: call one layer again."""
+    with LayerGates(llama) as gates:
+        loss_of(llama, tokens)
+        first = gates.norms()[2]
+        x = torch.randn(8, 16, 32)
+        llama.model.layers[2](x, position_embeddings=llama.model.rotary_emb(x, torch.arange(16)[None]))
+        assert all(one is other for one, other in zip(gates.norms()[2], first, strict=True))
+
+
 def test_reentrant_checkpointing_is_refused(llama, tokens):
     llama.train()
     llama.gradient_checkpointing_enable({"use_reentrant": True})
