@@ -6,12 +6,45 @@
 namespace trsp {
 namespace {
 
-// y of one block. Gates 1 and 0 choose a side instead of adding a zero: that keeps the bits, the sign of -0 included.
-void weigh(const float* x, const float* out, int64_t n, float gate, bool residual, float* y) {
-  if (!residual || gate == 1.0f) return scale(out, n, gate, y);
-  if (gate == 0.0f) return scale(x, n, 1.0f, y);
-  mix(out, gate, x, 1.0f - gate, n, y);
+// One run of a sequence; a pointer that is null is neither read nor written.
+template <typename T>
+struct Forward {
+  const T *x, *out;
+  T* y;
+  int64_t n;
+  float gate;
+  bool residual, stream;
+  Sum *l1, *l2;
+};
+
+template <typename T>
+TRSP_INLINE void forward_run(const Forward<T>& given) {
+  const Forward<T> run = given;  // a copy that no store can alias
+  Sum l1, l2;
+  if (run.l1) l1 = *run.l1, l2 = *run.l2;
+  // Gates 1 and 0 choose a side instead of adding a zero: that keeps the bits, the sign of -0 included.
+  const bool only_out = !run.residual || run.gate == 1.0f, only_x = !only_out && run.gate == 0.0f;
+  const float g = run.gate, rest = 1.0f - run.gate;
+  for_each_lanes(
+      run.n,
+      [&](int64_t i, auto size) __attribute__((always_inline)) {
+        const Lanes out = load(run.out + i, size);
+        Lanes x = {};
+        if (run.x) x = load(run.x + i, size);
+        store(only_out ? g * out : only_x ? x : g * out + rest * x, run.y + i, size, run.stream);
+        if (run.l1) {
+          const Lanes d = out - x;
+          l1.block += absolute(d);
+          l2.block += d * d;
+        }
+      },
+      [&]() __attribute__((always_inline)) { l1.end_block(), l2.end_block(); });
+  if (run.l1) *run.l1 = l1, *run.l2 = l2;
 }
+
+TRSP_LOOP void forward_loop(const Forward<float>& run) { forward_run(run); }
+TRSP_LOOP void forward_loop(const Forward<c10::BFloat16>& run) { forward_run(run); }
+TRSP_LOOP void forward_loop(const Forward<c10::Half>& run) { forward_run(run); }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const Tensor& out_, const Tensor& gate_,
                                            const std::optional<Tensor>& mask_, bool residual, bool norms) {
@@ -20,28 +53,25 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const Tensor& out_,
   const Tensor out = states(out_, out_, "out"), x = reads_x ? states(x_, out_, "x") : nothing(out_);
   const Tensor gate = per_sequence(gate_, shape, "gate");
   const auto mask = norms ? token_mask(mask_, out) : std::nullopt;
-  Tensor y = at::empty(out.sizes(), out.options());
+  Tensor y = output(out);
+  const bool stream = streams(y.nbytes());
   std::vector<double> p1(norms ? shape.sequences * shape.tiles : 0), p2(p1.size());
   for_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    const T *x_data = x.const_data_ptr<T>(), *out_data = out.const_data_ptr<T>();
+    const T *x_data = reads_x ? x.const_data_ptr<T>() : nullptr, *out_data = out.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
     shape.for_each_tile([&](int64_t s, int64_t tile, int64_t begin, int64_t end) {
-      double l1[kLanes] = {}, l2[kLanes] = {};
-      float x_buffer[kBlock], out_buffer[kBlock], y_buffer[kBlock];
+      Sum l1, l2;
       const float g = gate.const_data_ptr<float>()[s];
-      for_each_block(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
+      for_each_run(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
         const int64_t at = s * shape.length + first;
-        const float* x_block = reads_x ? widen(x_data + at, n, x_buffer) : nullptr;
-        const float* out_block = widen(out_data + at, n, out_buffer);
-        float* to = landing(y_data + at, y_buffer);
-        weigh(x_block, out_block, n, g, residual, to);
-        narrow(to, n, y_data + at);
-        if (norms && kept) add_norms(x_block, out_block, n, l1, l2);
+        const bool adds = norms && kept;
+        forward_loop(Forward<T>{reads_x ? x_data + at : nullptr, out_data + at, y_data + at, n, g, residual, stream,
+                                adds ? &l1 : nullptr, adds ? &l2 : nullptr});
       });
       if (!norms) return;
-      p1[tile] = fold(l1);
-      p2[tile] = fold(l2);
+      p1[tile] = l1.value();
+      p2[tile] = l2.value();
     });
   });
   const auto fp32 = out.options().dtype(at::kFloat);
@@ -49,20 +79,50 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const Tensor& out_,
   return {y, shape.sum(p1), shape.sum(p2)};
 }
 
-// What one gradient of hidden states is made of: factor*dy + sign*p, either term possibly missing.
+// One run of a sequence backwards; a pointer that is null is neither read nor written.
 template <typename T>
-void write_gradient(const float* dy, float factor, const float* p, float sign, int64_t n, T* gradient, float* buffer) {
-  float* to = landing(gradient, buffer);
-  if (dy && p)
-    mix(dy, factor, p, sign, n, to);
-  else if (dy)
-    scale(dy, n, factor, to);
-  else if (p)
-    scale(p, n, sign, to);
-  else
-    std::fill_n(to, n, 0.0f);
-  narrow(to, n, gradient);
+struct Backward {
+  const T *dy, *x, *out;
+  T *dx, *dout;
+  int64_t n;
+  float gate;
+  bool residual, stream;
+  const Penalty* penalty;
+  Sum* dot;
+};
+
+template <typename T>
+TRSP_INLINE void backward_run(const Backward<T>& given) {
+  const Backward<T> run = given;  // a copy that no store can alias
+  const Penalty penalty = run.penalty ? *run.penalty : Penalty{};
+  Sum dot;
+  if (run.dot) dot = *run.dot;
+  const float g = run.gate, rest = run.residual ? 1.0f - run.gate : 0.0f;
+  for_each_lanes(
+      run.n,
+      [&](int64_t i, auto size) __attribute__((always_inline)) {
+        const Lanes dy = load(run.dy + i, size);
+        Lanes d = {}, cofactor = {}, dout = g * dy, dx = {};
+        if (run.residual) dx = rest * dy;
+        if (run.out) cofactor = d = load(run.out + i, size);
+        if (run.x) d -= load(run.x + i, size);
+        if (run.residual) cofactor = d;
+        if (run.dot) dot.block += dy * cofactor;
+        if (run.penalty) {
+          const Lanes p = penalty(d);
+          dout += p;
+          dx -= p;
+        }
+        if (run.dout) store(dout, run.dout + i, size, run.stream);
+        if (run.dx) store(dx, run.dx + i, size, run.stream);
+      },
+      [&]() __attribute__((always_inline)) { dot.end_block(); });
+  if (run.dot) *run.dot = dot;
 }
+
+TRSP_LOOP void backward_loop(const Backward<float>& run) { backward_run(run); }
+TRSP_LOOP void backward_loop(const Backward<c10::BFloat16>& run) { backward_run(run); }
+TRSP_LOOP void backward_loop(const Backward<c10::Half>& run) { backward_run(run); }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const std::optional<Tensor>& x_,
                                             const std::optional<Tensor>& out_, const Tensor& gate_,
@@ -79,32 +139,25 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const std::option
   const Tensor out = reads_out ? states(*out_, dy, "out") : nothing(dy);
   const Tensor gate = per_sequence(gate_, shape, "gate");
   const auto mask = penalised ? token_mask(mask_, dy) : std::nullopt;
-  Tensor dx = need_dx ? at::empty(dy.sizes(), dy.options()) : nothing(dy);
-  Tensor dout = need_dout ? at::empty(dy.sizes(), dy.options()) : nothing(dy);
+  Tensor dx = need_dx ? output(dy) : nothing(dy), dout = need_dout ? output(dy) : nothing(dy);
+  const bool stream = streams(dx.nbytes() + dout.nbytes());
   std::vector<double> partials(need_dgate ? shape.sequences * shape.tiles : 0);
   for_dtype(dy, [&](auto zero) {
     using T = decltype(zero);
     const T *dy_data = dy.const_data_ptr<T>(), *x_data = x.const_data_ptr<T>(), *out_data = out.const_data_ptr<T>();
     T *dx_data = dx.mutable_data_ptr<T>(), *dout_data = dout.mutable_data_ptr<T>();
     shape.for_each_tile([&](int64_t s, int64_t tile, int64_t begin, int64_t end) {
-      float dy_buffer[kBlock], x_buffer[kBlock], out_buffer[kBlock], d[kBlock], p[kBlock], result[kBlock];
-      double dot[kLanes] = {};
-      const float g = gate.const_data_ptr<float>()[s], c1_value = c1 ? c1->const_data_ptr<float>()[s] : 0.0f;
-      const float* c2_value = c2 ? c2->const_data_ptr<float>() + s : nullptr;
-      for_each_block(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
+      Sum dot;
+      const float g = gate.const_data_ptr<float>()[s];
+      const Penalty of_sequence = penalty(c1, c2, s);
+      for_each_run(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
         const int64_t at = s * shape.length + first;
-        const float* dy_block = widen(dy_data + at, n, dy_buffer);
-        const float* x_block = reads_x ? widen(x_data + at, n, x_buffer) : nullptr;
-        const float* out_block = reads_out ? widen(out_data + at, n, out_buffer) : nullptr;
-        const float* p_block = penalised && kept ? p : nullptr;
-        if (p_block) penalty(x_block, out_block, n, c1_value, c2_value, p);
-        if (need_dgate && residual) subtract(out_block, x_block, n, d);
-        if (need_dgate) add_dot(dy_block, residual ? d : out_block, n, dot);
-        if (need_dout) write_gradient(dy_block, g, p_block, 1.0f, n, dout_data + at, result);
-        if (need_dx)
-          write_gradient(residual ? dy_block : nullptr, 1.0f - g, p_block, -1.0f, n, dx_data + at, result);
+        backward_loop(Backward<T>{dy_data + at, reads_x ? x_data + at : nullptr, reads_out ? out_data + at : nullptr,
+                                  need_dx ? dx_data + at : nullptr, need_dout ? dout_data + at : nullptr, n, g,
+                                  residual, stream, penalised && kept ? &of_sequence : nullptr,
+                                  need_dgate ? &dot : nullptr});
       });
-      if (need_dgate) partials[tile] = fold(dot);
+      if (need_dgate) partials[tile] = dot.value();
     });
   });
   return {dx, dout, need_dgate ? shape.sum(partials) : at::empty({0}, dy.options().dtype(at::kFloat))};

@@ -6,6 +6,55 @@
 namespace trsp {
 namespace {
 
+template <typename T>
+TRSP_INLINE void forward_run(const T* x, const T* out, int64_t n, Sum& l1_sum, Sum& l2_sum) {
+  Sum l1 = l1_sum, l2 = l2_sum;
+  for_each_lanes(
+      n,
+      [&](int64_t i, auto size) __attribute__((always_inline)) {
+        const Lanes d = load(out + i, size) - load(x + i, size);
+        l1.block += absolute(d);
+        l2.block += d * d;
+      },
+      [&]() __attribute__((always_inline)) { l1.end_block(), l2.end_block(); });
+  l1_sum = l1, l2_sum = l2;
+}
+
+// One run of a sequence backwards; a pointer that is null is not written, without a penalty nothing is read.
+template <typename T>
+struct Backward {
+  const T *x, *out;
+  T *dx, *dout;
+  int64_t n;
+  bool stream;
+  const Penalty* penalty;
+};
+
+template <typename T>
+TRSP_INLINE void backward_run(const Backward<T>& given) {
+  const Backward<T> run = given;  // a copy that no store can alias
+  const Penalty penalty = run.penalty ? *run.penalty : Penalty{};
+  for_each_lanes(
+      run.n,
+      [&](int64_t i, auto size) __attribute__((always_inline)) {
+        Lanes p = {};
+        if (run.penalty) p = penalty(load(run.out + i, size) - load(run.x + i, size));
+        if (run.dout) store(p, run.dout + i, size, run.stream);
+        if (run.dx) store(-p, run.dx + i, size, run.stream);
+      },
+      [] {});
+}
+
+#define TRSP_LOOPS(T)                                                                             \
+  TRSP_LOOP void forward_loop(const T* x, const T* out, int64_t n, Sum& l1, Sum& l2) {            \
+    forward_run(x, out, n, l1, l2);                                                               \
+  }                                                                                               \
+  TRSP_LOOP void backward_loop(const Backward<T>& run) { backward_run(run); }
+TRSP_LOOPS(float)
+TRSP_LOOPS(c10::BFloat16)
+TRSP_LOOPS(c10::Half)
+#undef TRSP_LOOPS
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& out_, const std::optional<Tensor>& mask_) {
   const Shape shape(x_);
   const Tensor x = states(x_, x_, "x"), out = states(out_, x_, "out");
@@ -15,15 +64,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& out_, const s
     using T = decltype(zero);
     const T *x_data = x.const_data_ptr<T>(), *out_data = out.const_data_ptr<T>();
     shape.for_each_tile([&](int64_t s, int64_t tile, int64_t begin, int64_t end) {
-      double l1[kLanes] = {}, l2[kLanes] = {};
-      float x_buffer[kBlock], out_buffer[kBlock];
-      for_each_block(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
-        if (!kept) return;
+      Sum l1, l2;
+      for_each_run(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
         const int64_t at = s * shape.length + first;
-        add_norms(widen(x_data + at, n, x_buffer), widen(out_data + at, n, out_buffer), n, l1, l2);
+        if (kept) forward_loop(x_data + at, out_data + at, n, l1, l2);
       });
-      p1[tile] = fold(l1);
-      p2[tile] = fold(l2);
+      p1[tile] = l1.value();
+      p2[tile] = l2.value();
     });
   });
   return {shape.sum(p1), shape.sum(p2)};
@@ -36,32 +83,18 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x_, const Tensor& out_, const 
   const Tensor x = states(x_, x_, "x"), out = states(out_, x_, "out");
   const auto mask = token_mask(mask_, x);
   const auto c1 = per_sequence(c1_, shape, "c1"), c2 = per_sequence(c2_, shape, "c2");
-  Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : nothing(x);
-  Tensor dout = need_dout ? at::empty(x.sizes(), x.options()) : nothing(x);
+  Tensor dx = need_dx ? output(x) : nothing(x), dout = need_dout ? output(x) : nothing(x);
+  const bool stream = streams(dx.nbytes() + dout.nbytes());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const T *x_data = x.const_data_ptr<T>(), *out_data = out.const_data_ptr<T>();
     T *dx_data = dx.mutable_data_ptr<T>(), *dout_data = dout.mutable_data_ptr<T>();
     shape.for_each_tile([&](int64_t s, int64_t, int64_t begin, int64_t end) {
-      float x_buffer[kBlock], out_buffer[kBlock], p[kBlock], result[kBlock];
-      const float c1_value = c1 ? c1->const_data_ptr<float>()[s] : 0.0f;
-      const float* c2_value = c2 ? c2->const_data_ptr<float>() + s : nullptr;
-      for_each_block(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
+      const Penalty of_sequence = penalty(c1, c2, s);
+      for_each_run(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
         const int64_t at = s * shape.length + first;
-        if (kept)
-          penalty(widen(x_data + at, n, x_buffer), widen(out_data + at, n, out_buffer), n, c1_value, c2_value, p);
-        else
-          std::fill_n(p, n, 0.0f);
-        if (need_dout) {
-          float* to = landing(dout_data + at, result);
-          scale(p, n, 1.0f, to);
-          narrow(to, n, dout_data + at);
-        }
-        if (need_dx) {
-          float* to = landing(dx_data + at, result);
-          scale(p, n, -1.0f, to);
-          narrow(to, n, dx_data + at);
-        }
+        backward_loop(Backward<T>{x_data + at, out_data + at, need_dx ? dx_data + at : nullptr,
+                                  need_dout ? dout_data + at : nullptr, n, stream, kept ? &of_sequence : nullptr});
       });
     });
   });

@@ -1,4 +1,4 @@
-// What the CPU ops ask of their tensors: shapes as sequences of tiles, checks, sums in a fixed order.
+// What the CPU ops ask of their tensors: shapes as sequences of tiles, checks, outputs, sums in a fixed order.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,15 +6,22 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "span.h"
+#include "lanes.h"
 
 namespace trsp {
 
 using at::Tensor;
+
+constexpr int64_t kTile = 4096;  // elements of one sequence behind one partial sum
+constexpr int64_t kGrain = 8;    // tiles per task, 32 Ki elements as in ATen
 
 // A tensor (G, ..., H) as G sequences, each cut into tiles that do not depend on the number of threads.
 struct Shape {
@@ -36,6 +43,7 @@ struct Shape {
         const int64_t begin = tile % tiles * kTile;
         work(tile / tiles, tile, begin, std::min(begin + kTile, length));
       }
+      finish_streaming();
     });
   }
 
@@ -52,7 +60,40 @@ struct Shape {
   }
 };
 
+// Calls work(first, count, kept) for the elements [begin, end) of a sequence, in runs that the mask treats alike.
+// Neighbouring tokens join, so a mask of ones gives the runs, and the bits, of no mask.
+template <typename Work>
+void for_each_run(int64_t begin, int64_t end, int64_t hidden, const bool* keeps, const Work& work) {
+  if (!keeps) return work(begin, end - begin, true);
+  while (begin < end) {
+    int64_t token = begin / hidden;
+    const bool kept = keeps[token];
+    while ((token + 1) * hidden < end && keeps[token + 1] == kept) ++token;
+    const int64_t stop = std::min(end, (token + 1) * hidden);
+    work(begin, stop - begin, kept);
+    begin = stop;
+  }
+}
+
 inline Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+// A new contiguous tensor of `like`'s shape and dtype. A large one is fresh memory in every call, and its page faults
+// cost more than the maths (NOTES.md): huge pages make 512 times fewer of them.
+inline Tensor output(const Tensor& like) {
+  Tensor result = at::empty(like.sizes(), like.options());
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + result.nbytes()) / huge * huge;
+  // Advice only: where the kernel declines, the pages stay small. Deterministic mode has touched them already.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+// Whether an op's results are too large to be found in the cache by whoever reads them next. Measured, not asked of the
+// system: virtual machines name the cache of the whole host. Below, streaming gains nothing; from here on a quarter.
+inline bool streams(int64_t bytes) { return bytes >= 32 << 20; }
 
 // A contiguous tensor of `like`'s shape and dtype.
 inline Tensor states(const Tensor& tensor, const Tensor& like, const char* name) {
@@ -86,6 +127,11 @@ inline std::optional<Tensor> token_mask(const std::optional<Tensor>& mask, const
 // The part of a contiguous mask that belongs to one sequence; null when every token is kept.
 inline const bool* keeps(const std::optional<Tensor>& mask, const Shape& shape, int64_t sequence) {
   return mask ? mask->const_data_ptr<bool>() + sequence * (shape.length / shape.hidden) : nullptr;
+}
+
+// The penalty of one sequence, from c1 and c2 as `per_sequence` gives them.
+inline Penalty penalty(const std::optional<Tensor>& c1, const std::optional<Tensor>& c2, int64_t sequence) {
+  return {c1 ? c1->const_data_ptr<float>()[sequence] : 0.0f, c2 ? c2->const_data_ptr<float>() + sequence : nullptr};
 }
 
 // Calls work(T{}) with the element type of `like`.
