@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const std::option
       if (need_dgate) partials[tile] = dot.value();
     });
   });
-  return {dx, dout, need_dgate ? shape.sum(partials) : at::empty({0}, dy.options().dtype(at::kFloat))};
+  if (!need_dgate) return {dx, dout, at::empty({0}, dy.options().dtype(at::kFloat))};
+  return {dx, dout, gate_.dim() ? shape.sum(partials) : shape.sum_all(partials)};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -47,15 +48,17 @@ struct Shape {
     });
   }
 
-  // [G] fp32: the partials of each sequence added in order.
-  Tensor sum(const std::vector<double>& partials) const {
-    Tensor sums = at::empty({sequences}, at::kFloat);
+  // fp32 [G]: the partials of each sequence added in order.
+  Tensor sum(const std::vector<double>& partials) const { return add(partials, at::empty({sequences}, at::kFloat)); }
+  // fp32 0-D: those of all sequences.
+  Tensor sum_all(const std::vector<double>& partials) const { return add(partials, at::empty({}, at::kFloat)); }
+
+ private:
+  static Tensor add(const std::vector<double>& partials, Tensor sums) {
     float* to = sums.mutable_data_ptr<float>();
-    for (int64_t s = 0; s < sequences; ++s) {
-      double total = 0.0;
-      for (int64_t t = 0; t < tiles; ++t) total += partials[s * tiles + t];
-      to[s] = static_cast<float>(total);
-    }
+    const int64_t count = sums.numel(), each = count ? partials.size() / count : 0;
+    for (int64_t s = 0; s < count; ++s)
+      to[s] = static_cast<float>(std::accumulate(partials.data() + s * each, partials.data() + (s + 1) * each, 0.0));
     return sums;
   }
 };

@@ -1,14 +1,18 @@
 """Sums of |out - x| and (out - x)^2 per sequence in one pass, and their gradients; the pieces gated_residual shares."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # 4096 elements by 256 threads: two 16-byte loads per thread and bf16 tensor. The tile, not the program or the number of
-# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run.
+# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. bench/sweep_kernels.py
+# measures other values of the three; NOTES.md says which of them have been measured.
 TILE = 4096
 WARPS = 8
+EVICTION = ""  # of the hidden states that are read: "" leaves it to the cache
 
 
 @triton.jit
@@ -26,6 +30,12 @@ def locate_tile(tokens, hidden, tiles, column_tiles, BLOCK_T: tl.constexpr, BLOC
     rows = tl.arange(0, BLOCK_T)[:, None]
     columns = tl.arange(0, BLOCK_H)[None, :]
     return sequence, token, first, rows * hidden + columns, (rows < tokens - token) & (columns < hidden - column)
+
+
+@triton.jit
+def load_states(ptr, first, offsets, wanted, EVICTION: tl.constexpr):
+    """One tile of hidden states in fp32; 0 where it is not wanted, and nothing is read there."""
+    return tl.load(ptr + first + offsets, mask=wanted, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -81,29 +91,31 @@ def sum_tiles_kernel(partials_ptr, first_ptr, second_ptr, tiles, BLOCK: tl.const
 @triton.jit
 def forward_kernel(
     x_ptr, out_ptr, mask_ptr, partials_ptr,
-    tokens, hidden, tiles, column_tiles, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+    tokens, hidden, tiles, column_tiles,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, EVICTION: tl.constexpr
 ):  # fmt: skip
     """Reads x and out: 4 bytes per bf16 element, none for tokens that the mask drops."""
     sequence, token, first, offsets, wanted = locate_tile(tokens, hidden, tiles, column_tiles, BLOCK_T, BLOCK_H)
     if mask_ptr is not None:
         wanted = wanted & load_keep(mask_ptr, sequence, token, tokens, BLOCK_T)
-    x = tl.load(x_ptr + first + offsets, mask=wanted, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + first + offsets, mask=wanted, other=0.0).to(tl.float32)
+    x = load_states(x_ptr, first, offsets, wanted, EVICTION)
+    out = load_states(out_ptr, first, offsets, wanted, EVICTION)
     store_norms(partials_ptr, out - x)
 
 
 @triton.jit(do_not_specialize=["c1_stride", "c2_stride"])
 def backward_kernel(
     x_ptr, out_ptr, mask_ptr, c1_ptr, c2_ptr, dx_ptr, dout_ptr, c1_stride, c2_stride,
-    tokens, hidden, tiles, column_tiles, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+    tokens, hidden, tiles, column_tiles,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, EVICTION: tl.constexpr
 ):  # fmt: skip
     """Reads x and out, writes dx and dout: 8 bytes per bf16 element."""
     sequence, token, first, offsets, inside = locate_tile(tokens, hidden, tiles, column_tiles, BLOCK_T, BLOCK_H)
     wanted = inside
     if mask_ptr is not None:
         wanted = inside & load_keep(mask_ptr, sequence, token, tokens, BLOCK_T)
-    x = tl.load(x_ptr + first + offsets, mask=wanted, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + first + offsets, mask=wanted, other=0.0).to(tl.float32)
+    x = load_states(x_ptr, first, offsets, wanted, EVICTION)
+    out = load_states(out_ptr, first, offsets, wanted, EVICTION)
     p = penalty(out - x, c1_ptr, c2_ptr, c1_stride, c2_stride, sequence)
     p = tl.where(wanted, p, 0.0)
     if dx_ptr is not None:
@@ -112,8 +124,8 @@ def backward_kernel(
         tl.store(dout_ptr + first + offsets, p.to(dout_ptr.dtype.element_ty), mask=inside)
 
 
-def tiling(like: Tensor, masked: bool) -> dict[str, int]:
-    """How the sequences of `like` are cut into tiles: the size arguments that every kernel takes.
+def tiling(like: Tensor, masked: bool) -> dict[str, Any]:
+    """How the sequences of `like` are cut into tiles: the size arguments and constants that every kernel takes.
 
     Without a mask a sequence is one long row, so any hidden size is read by full vectors. With one, a tile is whole
     rows of tokens, as wide as the largest power of two in the hidden size where that fills vectors.
@@ -121,22 +133,24 @@ def tiling(like: Tensor, masked: bool) -> dict[str, int]:
     sequences, hidden = like.shape[0], like.shape[-1]
     length = like.numel() // sequences
     if not masked:
-        return {"tokens": 1, "hidden": length, "tiles": triton.cdiv(length, TILE),
-                "column_tiles": triton.cdiv(length, TILE), "BLOCK_T": 1, "BLOCK_H": TILE}  # fmt: skip
-    tokens, divisor = length // hidden, hidden & -hidden
-    width = min(divisor, TILE) if divisor >= 128 else min(triton.next_power_of_2(hidden), 512)
-    height = TILE // width
+        tokens, hidden, height, width = 1, length, 1, TILE
+    else:
+        tokens, divisor = length // hidden, hidden & -hidden
+        width = min(divisor, TILE) if divisor >= 128 else min(triton.next_power_of_2(hidden), 512)
+        height = TILE // width
     columns = triton.cdiv(hidden, width)
     return {"tokens": tokens, "hidden": hidden, "tiles": triton.cdiv(tokens, height) * columns,
-            "column_tiles": columns, "BLOCK_T": height, "BLOCK_H": width}  # fmt: skip
+            "column_tiles": columns, "BLOCK_T": height, "BLOCK_H": width,
+            "EVICTION": EVICTION, "num_warps": WARPS}  # fmt: skip
 
 
 def sum_tiles(partials: Tensor) -> tuple[Tensor, ...]:
     """[quantities, G, tiles] -> one fp32 [G] per quantity (one or two)."""
     quantities, sequences, tiles = partials.shape
     sums = tuple(partials.new_empty(sequences) for _ in range(quantities))
+    # 2048 partials stand for 8 Mi elements, so the loop is short beside the pass that made them.
     sum_tiles_kernel[(sequences,)](
-        partials, sums[0], sums[1] if quantities == 2 else None, tiles, BLOCK=512, num_warps=4
+        partials, sums[0], sums[1] if quantities == 2 else None, tiles, BLOCK=2048, num_warps=8
     )
     return sums
 
@@ -150,7 +164,7 @@ def forward(x: Tensor, out: Tensor, token_mask: Tensor | None) -> tuple[Tensor, 
     """l1 and l2, fp32 [G], of contiguous x and out (G, ..., H); token_mask is contiguous uint8 [tokens] or None."""
     sizes = tiling(x, token_mask is not None)
     partials = x.new_empty((2, x.shape[0], sizes["tiles"]), dtype=torch.float32)
-    forward_kernel[(partials[0].numel(),)](x, out, token_mask, partials, **sizes, num_warps=WARPS)
+    forward_kernel[(partials[0].numel(),)](x, out, token_mask, partials, **sizes)
     l1, l2 = sum_tiles(partials)
     return l1, l2
 
@@ -162,5 +176,5 @@ def backward(
     """Fills the gradients that are not None; c1 and c2 are fp32 [G] of any stride, the gradients of l1 and l2."""
     sizes = tiling(x, token_mask is not None)
     backward_kernel[(x.shape[0] * sizes["tiles"],)](
-        x, out, token_mask, c1, c2, dx, dout, stride(c1), stride(c2), **sizes, num_warps=WARPS
+        x, out, token_mask, c1, c2, dx, dout, stride(c1), stride(c2), **sizes
     )

@@ -123,8 +123,6 @@ class _GatedResidual(torch.autograd.Function):
             dx, dout, dgate = backends.operator("gated_residual", ctx.backend, backward=True)(
                 dy, x, out, gate, token_mask, c1, c2, ctx.residual, need_dx, need_dout, need_dgate
             )
-            if gate.dim() == 0 and need_dgate:
-                dgate = dgate.sum()
         elif penalised:
             need_dgate = False
             dx, dout = backends.operator("residual_norms", ctx.backend, backward=True)(
@@ -161,7 +159,7 @@ def _fake_backward(
     need_dout: bool,
     need_dgate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dgate = dy.new_empty(dy.shape[0] if need_dgate else 0, dtype=torch.float32)
+    dgate = dy.new_empty(gate.shape if need_dgate else 0, dtype=torch.float32)
     return backends.states_if(need_dx, dy), backends.states_if(need_dout, dy), dgate
 
 
