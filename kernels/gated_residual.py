@@ -34,7 +34,10 @@ def forward_kernel(
         x = load_states(x_ptr, first, offsets, inside if RESIDUAL else kept, EVICTION)
         if RESIDUAL:
             # Gates 1 and 0 choose a side instead of adding a zero: that keeps the bits, the sign of -0 included.
-            y = tl.where(gate == 1.0, out, tl.where(gate == 0.0, x, y + (1.0 - gate) * x))
+            if gate == 0.0:
+                y = x
+            elif gate != 1.0:
+                y += (1.0 - gate) * x
         if partials_ptr is not None:
             store_norms(partials_ptr, tl.where(kept, out - x, 0.0))
     tl.store(y_ptr + first + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -67,6 +67,23 @@ def test_compiles_without_graph_breaks(backend, tensors, mode, norms, dynamic):
     assert (want[0] is None) == (mode == "output" and not norms)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in available_backends("cpu"), reason="trsp_fast was installed without its C++ extension")
+def test_compiles_with_inductor():
+    x, out = (torch.randn(2, 30, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    gate = torch.tensor(0.7, requires_grad=True)
+
+    def loss(x, out, gate):
+        y, l1, l2 = gated_residual(torch.nn.functional.silu(x), out, gate, mode="residual")
+        return y.float().square().sum() + (l1 + l2.sqrt()).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    got, want = (torch.autograd.grad(f(x, out, gate), (x, out, gate)) for f in (compiled, loss))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
 def test_first_layer_compiles(backend, tensors):
     """Embeddings need no gradient in stage 1: the norms of the first layer then are constants."""
     gate = tensors["gate"].requires_grad_()
