@@ -22,7 +22,7 @@ PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
 PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-all lint format clean
+.PHONY: help setup demo test test-slow test-all bench lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -60,6 +60,10 @@ test: setup ## the tests without the slow ones
 # pytest exits with 5 when no test is marked slow.
 test-slow: setup ## the slow tests
 	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
+
+bench: setup ## the speed of the fused ops beside eager PyTorch, kept in .benchmarks (BENCH=--benchmark-compare)
+	@$(BIN)/pytest bench/regressions.py --benchmark-autosave --benchmark-group-by=group --benchmark-sort=name \
+		--benchmark-columns=median,iqr,rounds $(BENCH)
 
 lint: setup ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check

@@ -104,11 +104,12 @@ class Problem:
 
 
 def call(provider: str, case: Case) -> Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """The function (x, out, gate) -> outputs by which a provider runs a case."""
-    if provider == "ours":
+    """The function (x, out, gate) -> outputs by which a provider runs a case; "triton" is ours on that backend."""
+    if provider in ("ours", "triton"):
+        backend = None if provider == "ours" else provider
         if case.mode is None:
-            return lambda x, out, gate: residual_norms(x, out)
-        return lambda x, out, gate: gated_residual(x, out, gate, mode=case.mode, norms=case.norms)
+            return lambda x, out, gate: residual_norms(x, out, backend=backend)
+        return lambda x, out, gate: gated_residual(x, out, gate, mode=case.mode, norms=case.norms, backend=backend)
     if case.mode is None:
         eager = lambda x, out, gate: reference.residual_norms(x, out)  # noqa: E731
     else:

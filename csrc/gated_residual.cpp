@@ -29,13 +29,13 @@ TRSP_INLINE void forward_run(const Forward<T>& given) {
       run.n,
       [&](int64_t i, auto size) __attribute__((always_inline)) {
         const Lanes out = load(run.out + i, size);
-        Lanes x = {};
+        Lanes x;
         if (run.x) x = load(run.x + i, size);
         store(only_out ? g * out : only_x ? x : g * out + rest * x, run.y + i, size, run.stream);
         if (run.l1) {
           const Lanes d = out - x;
-          l1.block += absolute(d);
-          l2.block += d * d;
+          l1.add(absolute(d));
+          l2.add(d * d);
         }
       },
       [&]() __attribute__((always_inline)) { l1.end_block(), l2.end_block(); });
@@ -102,16 +102,16 @@ TRSP_INLINE void backward_run(const Backward<T>& given) {
       run.n,
       [&](int64_t i, auto size) __attribute__((always_inline)) {
         const Lanes dy = load(run.dy + i, size);
-        Lanes d = {}, cofactor = {}, dout = g * dy, dx = {};
+        Lanes d, cofactor, dout = g * dy, dx;
         if (run.residual) dx = rest * dy;
         if (run.out) cofactor = d = load(run.out + i, size);
-        if (run.x) d -= load(run.x + i, size);
+        if (run.x) d = d - load(run.x + i, size);
         if (run.residual) cofactor = d;
-        if (run.dot) dot.block += dy * cofactor;
+        if (run.dot) dot.add(dy * cofactor);
         if (run.penalty) {
           const Lanes p = penalty(d);
-          dout += p;
-          dx -= p;
+          dout = dout + p;
+          dx = dx - p;
         }
         if (run.dout) store(dout, run.dout + i, size, run.stream);
         if (run.dx) store(dx, run.dx + i, size, run.stream);

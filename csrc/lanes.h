@@ -1,4 +1,4 @@
-// Sixteen hidden states in fp32: how they are read, written and summed.
+// Thirty-two hidden states in fp32: how they are read, written and summed.
 //
 // Each loop made of these is compiled for three instruction sets and chosen when the program starts. A sum always has
 // the same lanes and -ffp-contract=off forbids fused multiply-adds, so all three give the same bits.
@@ -28,52 +28,87 @@
 
 namespace trsp {
 
-constexpr int kLanes = 16;       // one AVX-512 register, two of AVX2, four of SSE
-constexpr int64_t kBlock = 512;  // elements whose sums stay in fp32, see Sum
+using Vector = float __attribute__((vector_size(64)));  // one AVX-512 register, two of AVX2, four of SSE
+using Bits = uint32_t __attribute__((vector_size(64)));
+using Signed = int32_t __attribute__((vector_size(64)));
+using Doubles = double __attribute__((vector_size(128)));
 
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
-using LaneBits = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using LaneHalves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-using LaneDoubles = double __attribute__((vector_size(kLanes * sizeof(double))));
+constexpr int kLanes = 32;
+constexpr int64_t kBlock = 1024;  // elements whose sums stay in fp32, see Sum
 
-// ---- fp32 <-> half precision, by integers: hardware conversion is not in every instruction set above
+// Two vectors. Of fp32 they are the first and the second half of 32 neighbours; of half precision the even and the odd
+// ones, as they share the 32-bit words of memory: widening and narrowing then need shifts and no shuffles.
+struct Lanes {
+  Vector a = {}, b = {};
+};
 
-TRSP_INLINE Lanes widen(LaneHalves from, c10::BFloat16*) {
-  return std::bit_cast<Lanes>(__builtin_convertvector(from, LaneBits) << 16);
+TRSP_INLINE Lanes operator+(Lanes p, Lanes q) { return {p.a + q.a, p.b + q.b}; }
+TRSP_INLINE Lanes operator-(Lanes p, Lanes q) { return {p.a - q.a, p.b - q.b}; }
+TRSP_INLINE Lanes operator*(Lanes p, Lanes q) { return {p.a * q.a, p.b * q.b}; }
+TRSP_INLINE Lanes operator*(float factor, Lanes p) { return {factor * p.a, factor * p.b}; }
+TRSP_INLINE Lanes operator-(Lanes p) { return {-p.a, -p.b}; }
+
+TRSP_INLINE Bits bits(Vector v) { return std::bit_cast<Bits>(v); }
+TRSP_INLINE Vector floats(Bits v) { return std::bit_cast<Vector>(v); }
+TRSP_INLINE Vector absolute(Vector v) { return floats(bits(v) & 0x7fffffffu); }
+TRSP_INLINE Lanes absolute(Lanes p) { return {absolute(p.a), absolute(p.b)}; }
+
+// ---- fp32 <-> half precision, by integers: hardware conversion is not in every instruction set above.
+// A word holds two of them. Subnormals need a processor that keeps them, see KeepsSubnormals.
+
+static_assert(std::endian::native == std::endian::little);
+
+TRSP_INLINE Lanes widen(Bits words, c10::BFloat16*) { return {floats(words << 16), floats(words & 0xffff0000u)}; }
+
+// A half in the upper 16 bits. Moved three places down its exponent is 112 too small, which a product mends exactly.
+TRSP_INLINE Vector widen_upper(Bits upper) {
+  const Bits moved = std::bit_cast<Bits>(std::bit_cast<Signed>(upper) >> 3) & 0x8fffe000u;
+  const Bits scaled = bits(floats(moved) * 0x1p112f);
+  return floats((moved & 0x0f800000u) == 0x0f800000u ? scaled | 0x7f800000u : scaled);  // Inf and NaN
 }
 
-TRSP_INLINE Lanes widen(LaneHalves from, c10::Half*) {
-  const LaneBits bits = __builtin_convertvector(from, LaneBits);
-  const LaneBits sign = (bits & 0x8000u) << 16;
-  const LaneBits magnitude = (bits & 0x7fffu) << 13;
-  const LaneBits exponent = magnitude & 0x0f800000u;
-  const LaneBits bias = LaneBits{} + (112u << 23);
-  const LaneBits normal = magnitude + bias + (exponent == 0x0f800000u ? bias : LaneBits{});
-  // A subnormal half is the difference of two normal floats, so flush-to-zero mode cannot lose it.
-  const LaneBits least = bias + (1u << 23);
-  const LaneBits tiny = std::bit_cast<LaneBits>(std::bit_cast<Lanes>(magnitude + least) - std::bit_cast<Lanes>(least));
-  return std::bit_cast<Lanes>((exponent == 0 ? tiny : normal) | sign);
+TRSP_INLINE Lanes widen(Bits words, c10::Half*) {
+  return {widen_upper(words << 16), widen_upper(words & 0xffff0000u)};
 }
 
-TRSP_INLINE LaneHalves narrow(Lanes from, c10::BFloat16*) {
-  const LaneBits bits = std::bit_cast<LaneBits>(from);
-  const LaneBits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const LaneBits nan = bits >> 16 | 0x40u;  // rounding could carry a NaN's payload into Inf
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, LaneHalves);
+// Rounded to nearest even, in the upper 16 bits; the lower ones are anything.
+TRSP_INLINE Bits round_upper(Vector from, c10::BFloat16*) {
+  const Bits value = bits(from);
+  const Bits rounded = value + 0x7fffu + (value >> 16 & 1u);
+  return (value & 0x7fffffffu) > 0x7f800000u ? value | 0x400000u : rounded;  // rounding could turn a NaN into Inf
 }
 
-TRSP_INLINE LaneHalves narrow(Lanes from, c10::Half*) {
-  const LaneBits bits = std::bit_cast<LaneBits>(from);
-  const LaneBits sign = bits >> 16 & 0x8000u;
-  const LaneBits magnitude = bits & 0x7fffffffu;
-  const LaneBits normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  // Adding 0.5 leaves a float whose last place is a half's subnormal step, rounded to nearest even by the adder.
-  const LaneBits tiny = std::bit_cast<LaneBits>(std::bit_cast<Lanes>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
-  const LaneBits infinite = LaneBits{} + 0x7c00u;
-  const LaneBits huge = infinite + (magnitude > 0x7f800000u ? LaneBits{} + 0x200u : LaneBits{});
-  const LaneBits finite = magnitude < 0x38800000u ? tiny : normal;
-  return __builtin_convertvector((magnitude >= 0x47800000u ? huge : finite) | sign, LaneHalves);
+TRSP_INLINE Bits round_upper(Vector from, c10::Half*) {
+  const Bits value = bits(from), magnitude = value & 0x7fffffffu;
+  const Bits overflow = Bits{} + 0x47800000u, capped = magnitude < overflow ? magnitude : overflow;
+  // A power of two whose last place is that of the half: adding it rounds, to nearest even, subnormals like the rest.
+  const Bits exponent = capped & 0x7f800000u, least = Bits{} + 0x38800000u;
+  const Vector step = floats((exponent > least ? exponent : least) + (13u << 23));
+  const Vector rounded = floats(capped) + step - step;
+  const Bits upper = bits(rounded * 0x1p-112f) << 3;
+  return (magnitude > 0x7f800000u ? upper | 0x2000000u : upper) | (value & 0x80000000u);
 }
+
+template <typename T>
+TRSP_INLINE Bits narrow(Lanes from) {
+  const Bits even = round_upper(from.a, static_cast<T*>(nullptr)), odd = round_upper(from.b, static_cast<T*>(nullptr));
+  return even >> 16 | (odd & 0xffff0000u);
+}
+
+// While it lives, this thread computes with subnormal numbers whatever torch.set_flush_denormal said: that holds for
+// the calling thread only, and a result must not depend on which thread made it.
+class KeepsSubnormals {
+#if defined(__SSE2__)
+  static constexpr unsigned kFlush = 0x8040;  // flush results to zero, take denormals as zero
+  const unsigned before_ = _mm_getcsr();
+
+ public:
+  KeepsSubnormals() { _mm_setcsr(before_ & ~kFlush); }
+  ~KeepsSubnormals() { _mm_setcsr(before_); }
+  KeepsSubnormals(const KeepsSubnormals&) = delete;
+  KeepsSubnormals& operator=(const KeepsSubnormals&) = delete;
+#endif
+};
 
 // ---- memory
 
@@ -87,30 +122,30 @@ struct Part {
 
 template <typename Size>
 TRSP_INLINE Lanes load(const float* from, Size size) {
-  Lanes lanes = {};  // lanes that do not exist are 0 and add 0
+  Lanes lanes;  // lanes that do not exist are 0 and add 0
   std::memcpy(&lanes, from, size.count * sizeof(float));
   return lanes;
 }
 
 template <typename T, typename Size>
 TRSP_INLINE Lanes load(const T* from, Size size) {
-  LaneHalves halves = {};
-  std::memcpy(&halves, from, size.count * sizeof(T));
-  return widen(halves, static_cast<T*>(nullptr));
+  Bits words = {};
+  std::memcpy(&words, from, size.count * sizeof(T));
+  return widen(words, static_cast<T*>(nullptr));
 }
 
 // Streaming stores leave the cache alone and spare the read of the line that is overwritten.
-template <typename Vector>
-TRSP_INLINE void put(const Vector& lanes, void* to, bool stream) {
+template <typename Value>
+TRSP_INLINE void put(const Value& value, void* to, bool stream) {
 #if defined(__SSE2__)
   if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    __m128i pieces[sizeof lanes / 16];
-    std::memcpy(pieces, &lanes, sizeof lanes);
-    for (size_t i = 0; i < sizeof lanes / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, pieces[i]);
+    __m128i pieces[sizeof value / 16];
+    std::memcpy(pieces, &value, sizeof value);
+    for (size_t i = 0; i < sizeof value / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, pieces[i]);
     return;
   }
 #endif
-  std::memcpy(to, &lanes, sizeof lanes);
+  std::memcpy(to, &value, sizeof value);
 }
 
 TRSP_INLINE void store(Lanes lanes, float* to, Whole, bool stream) { put(lanes, to, stream); }
@@ -118,12 +153,12 @@ TRSP_INLINE void store(Lanes lanes, float* to, Part size, bool) { std::memcpy(to
 
 template <typename T>
 TRSP_INLINE void store(Lanes lanes, T* to, Whole, bool stream) {
-  put(narrow(lanes, static_cast<T*>(nullptr)), to, stream);
+  put(narrow<T>(lanes), to, stream);
 }
 template <typename T>
 TRSP_INLINE void store(Lanes lanes, T* to, Part size, bool) {
-  const LaneHalves halves = narrow(lanes, static_cast<T*>(nullptr));
-  std::memcpy(to, &halves, size.count * sizeof(T));
+  const Bits words = narrow<T>(lanes);
+  std::memcpy(to, &words, size.count * sizeof(T));
 }
 
 // Streaming stores of this thread become visible to the others.
@@ -150,32 +185,35 @@ TRSP_INLINE void for_each_lanes(int64_t n, const Body& body, const EndOfBlock& e
 // A sum in fixed lanes: at most 32 values in fp32, then fp64. Squares of bf16 differences end in few bit patterns, so
 // longer fp32 sums round to one side: 5e-7 of l2 was lost with 256 values per lane.
 struct Sum {
-  LaneDoubles total = {};
-  Lanes block = {};
+  Doubles a = {}, b = {};
+  Lanes block;
 
+  TRSP_INLINE void add(Lanes lanes) { block = block + lanes; }
   TRSP_INLINE void end_block() {
-    total += __builtin_convertvector(block, LaneDoubles);
+    a += __builtin_convertvector(block.a, Doubles);
+    b += __builtin_convertvector(block.b, Doubles);
     block = Lanes{};
   }
   double value() const {
     double sum = 0.0;
-    for (int i = 0; i < kLanes; ++i) sum += total[i];
+    for (int i = 0; i < kLanes / 2; ++i) sum += a[i] + b[i];
     return sum;
   }
 };
 
-TRSP_INLINE Lanes absolute(Lanes lanes) { return std::bit_cast<Lanes>(std::bit_cast<LaneBits>(lanes) & 0x7fffffffu); }
-
 // What a sequence's norms pass back to each of its elements: c1*sign(d) + 2*c2*d. A missing term is left out, not
 // multiplied by 0: d may be infinite.
 struct Penalty {
-  float c1 = 0.0f;             // 0 where it is missing
+  float c1 = 0.0f;            // 0 where it is missing
   const float* c2 = nullptr;  // null where it is missing
 
+  TRSP_INLINE Vector sign(Vector d) const {
+    const Vector zero = {}, step = zero + c1;
+    return (d > 0.0f ? step : zero) - (d < 0.0f ? step : zero);
+  }
   TRSP_INLINE Lanes operator()(Lanes d) const {
-    const Lanes zero = {}, step = zero + c1;
-    const Lanes sign = (d > 0.0f ? step : zero) - (d < 0.0f ? step : zero);
-    return c2 ? sign + 2.0f * *c2 * d : sign;
+    const Lanes signs = {sign(d.a), sign(d.b)};
+    return c2 ? signs + 2.0f * *c2 * d : signs;
   }
 };
 

@@ -13,8 +13,8 @@ TRSP_INLINE void forward_run(const T* x, const T* out, int64_t n, Sum& l1_sum, S
       n,
       [&](int64_t i, auto size) __attribute__((always_inline)) {
         const Lanes d = load(out + i, size) - load(x + i, size);
-        l1.block += absolute(d);
-        l2.block += d * d;
+        l1.add(absolute(d));
+        l2.add(d * d);
       },
       [&]() __attribute__((always_inline)) { l1.end_block(), l2.end_block(); });
   l1_sum = l1, l2_sum = l2;
@@ -37,7 +37,7 @@ TRSP_INLINE void backward_run(const Backward<T>& given) {
   for_each_lanes(
       run.n,
       [&](int64_t i, auto size) __attribute__((always_inline)) {
-        Lanes p = {};
+        Lanes p;
         if (run.penalty) p = penalty(load(run.out + i, size) - load(run.x + i, size));
         if (run.dout) store(p, run.dout + i, size, run.stream);
         if (run.dx) store(-p, run.dx + i, size, run.stream);

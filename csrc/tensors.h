@@ -40,6 +40,7 @@ struct Shape {
   template <typename Work>
   void for_each_tile(const Work& work) const {
     at::parallel_for(0, sequences * tiles, kGrain, [&](int64_t first, int64_t last) {
+      const KeepsSubnormals scope;
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t begin = tile % tiles * kTile;
         work(tile / tiles, tile, begin, std::min(begin + kTile, length));

@@ -334,3 +334,22 @@ def test_norms_equal_those_of_residual_norms(backend, arguments):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     for a, b in zip(*(torch.autograd.grad(t, (x, out), (c1, c2)) for t in (both, alone)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_flushing_denormals_changes_nothing(backend, device, states):
+    """torch.set_flush_denormal reaches the calling thread only, so a result that heeded it would depend on threads."""
+    if device != "cpu" or backend != "cpu":
+        pytest.skip("a setting of the processor that only C++ code meets")
+    try:
+        for dtype in DTYPES:
+            x, out = (t * torch.finfo(dtype).smallest_normal for t in states((8, 256, 256), dtype, grad=False))
+            gate = torch.tensor(0.3)
+            want = gated_residual(x, out, gate, mode="residual", backend=backend)[0]
+            assert (want != 0).float().mean() > 0.9
+            if not torch.set_flush_denormal(True):
+                pytest.skip("this processor cannot flush denormals")
+            got = gated_residual(x, out, gate, mode="residual", backend=backend)[0]
+            torch.set_flush_denormal(False)
+            assert torch.equal(bits(got), bits(want))
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,181 @@
+"""The instruments in bench/: they refuse wrong results, merge honestly, and the README shows what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of bench/ as the scripts import each other."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def load(name):
+        return __import__(name)
+
+    yield load
+    for name in [n for n, m in sys.modules.items() if str(BENCH) in str(getattr(m, "__file__", ""))]:
+        del sys.modules[name]
+
+
+def run(script, *arguments, **environment):
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_readme_is_in_step_with_the_results():
+    done = run("readme_table.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_measures_and_writes_every_row(tmp_path):
+    file = tmp_path / "found.json"
+    done = run(
+        "bench_gated_residual.py", "--device", "cpu", "--sizes", "16x64", "--seconds", "0.01", "--processes", "2",
+        "--providers", "eager,ours", "--json", file,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    rows = content["rows"]
+    assert len(rows) == 6 * 3 * 3 * 3  # cases, dtypes, passes, providers and the copy
+    assert all(row["correct"] and row["median_ms"] > 0 and row["gb_per_s"] > 0 for row in rows)
+    assert {row["processes_ms"][0] > 0 and len(row["processes_ms"]) for row in rows} == {2}
+    assert content["cut"] == []
+    saved = {(r["case"], r["provider"]): r["saved_bytes"] for r in rows if r["dtype"] == "bf16"}
+    assert saved["residual, penalty", "ours"] == 0 < saved["residual, penalty", "eager"]
+    peaks = {(r["case"], r["provider"]): r["peak_bytes"] for r in rows if r["dtype"] == "bf16"}
+    assert 0 < peaks["residual, penalty", "ours"] < peaks["residual, penalty", "eager"]
+    assert "vs eager" in done.stdout
+
+
+def test_bench_names_what_its_budget_cut(tmp_path):
+    file = tmp_path / "found.json"
+    done = run(
+        "bench_gated_residual.py", "--device", "cpu", "--sizes", "16x64", "--seconds", "0.01", "--processes", "1",
+        "--providers", "ours", "--dtypes", "bf16", "--budget", "0", "--json", file,
+    )  # fmt: skip
+    content = json.loads(file.read_text())
+    assert content["rows"] == []
+    assert "output, penalty, 16 x 64 bf16" in content["cut"]
+    assert "budget was spent: 6 cases" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["output, penalty", "residual, penalty", "norms only", "residual, no norms"])
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_check_finds_a_wrong_result(bench, case, spoiled):
+    cases = bench("op_cases")
+    problem = cases.Problem.make(cases.CASES[case], 4096, 16, torch.float32, "cpu")
+    outputs = cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
+    assert cases.check(problem, outputs) is None
+    spoiled = min(spoiled, sum(t is not None for t in outputs) - 1)
+    wrong = [None if t is None else t.clone() for t in outputs]
+    with torch.no_grad():
+        wrong[spoiled].view(-1)[-1] *= 1.001
+    assert "sequence 1" in cases.check(problem, tuple(wrong))
+
+
+def test_check_finds_a_wrong_gradient(bench, monkeypatch):
+    cases = bench("op_cases")
+    problem = cases.Problem.make(cases.CASES["output, penalty"], 64, 16, torch.float32, "cpu")
+    outputs = cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
+    right = cases.Problem.backward
+
+    def without_gate(self, given, *, again=False):
+        *states, gate = right(self, given, again=again)
+        return (*states, gate * (1.0 if gate.dtype == torch.float64 or not again else 1.01))
+
+    monkeypatch.setattr(cases.Problem, "backward", without_gate)
+    assert "gate gradient" in cases.check(problem, outputs)
+
+
+def test_no_ratio_for_wrong_results(bench):
+    ratio = bench("bench_gated_residual").ratio
+    right, wrong = {"median_ms": 1.0, "correct": True}, {"median_ms": 2.0, "correct": False}
+    assert ratio(right, right).strip() == "1.00"
+    assert ratio(right, wrong).strip() == ratio(wrong, right).strip() == "wrong"
+    assert ratio(right, None).strip() == ""
+    table = bench("readme_table")
+    figures = {"gb_per_s": 1.0, "of_copy": 0.5}
+    assert "| 2.0 | - |" in table.line(
+        "op", "bf16", "forward",
+        {"eager": {**right, "median_ms": 2.0}, "compile": wrong, "ours": {**right, **figures}},
+    )  # fmt: skip
+
+
+def test_merge_takes_medians_and_leaves_out_what_one_process_missed(bench):
+    about = {"tokens": 1, "hidden": 2, "dtype": "bf16", "pass": "forward", "provider": "ours", "correct": True}
+    figures = ("p20_ms", "p80_ms", "gb_per_s", "of_copy")
+
+    def row(case, value, **more):
+        return about | {"case": case, "median_ms": value, "of_datasheet": None} | dict.fromkeys(figures, value) | more
+
+    runs = [
+        {"machine": {}, "cut": [], "rows": [row("a", 3.0), row("b", 1.0)]},
+        {"machine": {}, "cut": ["c, 1 x 2 bf16"], "rows": [row("a", 1.0, correct=False)]},
+        {"machine": {}, "cut": [], "rows": [row("a", 2.0), row("b", 1.0)]},
+    ]
+    merged = bench("bench_gated_residual").merge(runs)
+    (only,) = merged["rows"]
+    assert (only["case"], only["median_ms"], only["processes_ms"]) == ("a", 2.0, [3.0, 1.0, 2.0])
+    assert only["correct"] is False
+    assert merged["cut"] == ["b, 1 x 2 bf16", "c, 1 x 2 bf16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "5y"], "'5y': that is not one of the choices"),
+        (["--dtypes", "bf17"], "'bf17': that is not one of the choices"),
+        (["--providers", "theirs"], "not one of the choices"),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(arguments, message):
+    done = run("bench_gated_residual.py", "--device", "cpu", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_every_setting_of_the_sweep_runs(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    file = tmp_path / "sweep.json"
+    done = run(
+        "sweep_kernels.py", "--device", "cpu", "--sizes", "3x40", "--seconds", "0", "--json", file, TRITON_INTERPRET="1"
+    )
+    assert done.returncode == 0, done.stderr
+    settings = {row["setting"] for row in json.loads(file.read_text())["rows"]}
+    assert len(settings) == 10
+    assert len(done.stdout.splitlines()) == len(settings)
+    assert any(line.startswith(" 1.0000 of") for line in done.stdout.splitlines())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_what_needs_a_gpu_says_so(tmp_path):
+    done = run("sweep_kernels.py")
+    assert (done.returncode, done.stderr.splitlines()[-1].split(": ")[-1]) == (
+        2, "a CUDA GPU is needed, and none is visible.",
+    )  # fmt: skip
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    for arguments, status, message in ((["kernel"], 2, "no part 'kernel'"), (["kernels"], 1, "no CUDA GPU is visible")):
+        done = subprocess.run(
+            ["bash", str(BENCH / "gpu.sh"), *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == status
+        assert message in done.stderr
+
+
+def test_regression_suite_runs():
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    done = subprocess.run(
+        [*command, "-k", "ours and bf16", str(BENCH / "regressions.py")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "18 passed" in done.stdout
