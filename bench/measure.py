@@ -187,7 +187,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Put the results down at once, a row per line; a run that is stopped has written what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    rows = ",\n  ".join(json.dumps(row) for row in content["rows"])
+    rows = ",\n  ".join(json.dumps({name: _rounded(value) for name, value in row.items()}) for row in content["rows"])
     head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1).removesuffix("\n}")
     partial.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
     partial.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of a figure: more are noise."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

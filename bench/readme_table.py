@@ -37,8 +37,9 @@ def main() -> None:
 
 
 def tables() -> str:
-    """One table per machine that has results."""
-    files = sorted(RESULTS.glob("kernels_*.json"), key=lambda file: ("cpu" in file.name, file.name))
+    """One table per machine that has results, GPUs first."""
+    files = [file for file in sorted(RESULTS.glob("kernels_*.json")) if "fresh_memory" not in file.name]
+    files.sort(key=lambda file: "cpu" in file.name)
     return "\n\n".join(table(json.loads(file.read_text()), file.name) for file in files)
 
 
@@ -53,8 +54,8 @@ def table(content: dict[str, Any], name: str) -> str:
         if (r["tokens"], r["hidden"]) == (tokens, hidden)
     }
     lines = [
-        f"**{machine['device']}**, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}, {tokens} tokens x {hidden}, "
-        f"output memory {content['memory']} (`bench/results/{name}`):",
+        f"**{machine['device']}**, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}: {tokens} "
+        f"tokens x {hidden}, memory {content['memory']} (`bench/results/{name}`)",
         "",
         "| op | dtype | pass | eager | `torch.compile` | ours | x eager | x `torch.compile` | GB/s | of a copy |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -6,24 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_gated_residual
+import op_cases
 import pytest
+import readme_table
 import torch
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a script of bench/ as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(BENCH))
-
-    def load(name):
-        return __import__(name)
-
-    yield load
-    for name in [n for n, m in sys.modules.items() if str(BENCH) in str(getattr(m, "__file__", ""))]:
-        del sys.modules[name]
 
 
 def run(script, *arguments, **environment):
@@ -71,47 +61,44 @@ def test_bench_names_what_its_budget_cut(tmp_path):
 
 @pytest.mark.parametrize("case", ["output, penalty", "residual, penalty", "norms only", "residual, no norms"])
 @pytest.mark.parametrize("spoiled", [0, 1])
-def test_check_finds_a_wrong_result(bench, case, spoiled):
-    cases = bench("op_cases")
-    problem = cases.Problem.make(cases.CASES[case], 4096, 16, torch.float32, "cpu")
-    outputs = cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
-    assert cases.check(problem, outputs) is None
+def test_check_finds_a_wrong_result(case, spoiled):
+    problem = op_cases.Problem.make(op_cases.CASES[case], 4096, 16, torch.float32, "cpu")
+    outputs = op_cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
+    assert op_cases.check(problem, outputs) is None
     spoiled = min(spoiled, sum(t is not None for t in outputs) - 1)
     wrong = [None if t is None else t.clone() for t in outputs]
     with torch.no_grad():
         wrong[spoiled].view(-1)[-1] *= 1.001
-    assert "sequence 1" in cases.check(problem, tuple(wrong))
+    assert "sequence 1" in op_cases.check(problem, tuple(wrong))
 
 
-def test_check_finds_a_wrong_gradient(bench, monkeypatch):
-    cases = bench("op_cases")
-    problem = cases.Problem.make(cases.CASES["output, penalty"], 64, 16, torch.float32, "cpu")
-    outputs = cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
-    right = cases.Problem.backward
+def test_check_finds_a_wrong_gradient(monkeypatch):
+    problem = op_cases.Problem.make(op_cases.CASES["output, penalty"], 64, 16, torch.float32, "cpu")
+    outputs = op_cases.call("ours", problem.case)(problem.x, problem.out, problem.gate)
+    right = op_cases.Problem.backward
 
     def without_gate(self, given, *, again=False):
         *states, gate = right(self, given, again=again)
         return (*states, gate * (1.0 if gate.dtype == torch.float64 or not again else 1.01))
 
-    monkeypatch.setattr(cases.Problem, "backward", without_gate)
-    assert "gate gradient" in cases.check(problem, outputs)
+    monkeypatch.setattr(op_cases.Problem, "backward", without_gate)
+    assert "gate gradient" in op_cases.check(problem, outputs)
 
 
-def test_no_ratio_for_wrong_results(bench):
-    ratio = bench("bench_gated_residual").ratio
+def test_no_ratio_for_wrong_results():
+    ratio = bench_gated_residual.ratio
     right, wrong = {"median_ms": 1.0, "correct": True}, {"median_ms": 2.0, "correct": False}
     assert ratio(right, right).strip() == "1.00"
     assert ratio(right, wrong).strip() == ratio(wrong, right).strip() == "wrong"
     assert ratio(right, None).strip() == ""
-    table = bench("readme_table")
     figures = {"gb_per_s": 1.0, "of_copy": 0.5}
-    assert "| 2.0 | - |" in table.line(
+    assert "| 2.0 | - |" in readme_table.line(
         "op", "bf16", "forward",
         {"eager": {**right, "median_ms": 2.0}, "compile": wrong, "ours": {**right, **figures}},
     )  # fmt: skip
 
 
-def test_merge_takes_medians_and_leaves_out_what_one_process_missed(bench):
+def test_merge_takes_medians_and_leaves_out_what_one_process_missed():
     about = {"tokens": 1, "hidden": 2, "dtype": "bf16", "pass": "forward", "provider": "ours", "correct": True}
     figures = ("p20_ms", "p80_ms", "gb_per_s", "of_copy")
 
@@ -123,7 +110,7 @@ def test_merge_takes_medians_and_leaves_out_what_one_process_missed(bench):
         {"machine": {}, "cut": ["c, 1 x 2 bf16"], "rows": [row("a", 1.0, correct=False)]},
         {"machine": {}, "cut": [], "rows": [row("a", 2.0), row("b", 1.0)]},
     ]
-    merged = bench("bench_gated_residual").merge(runs)
+    merged = bench_gated_residual.merge(runs)
     (only,) = merged["rows"]
     assert (only["case"], only["median_ms"], only["processes_ms"]) == ("a", 2.0, [3.0, 1.0, 2.0])
     assert only["correct"] is False
