@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # 4096 elements by 256 threads: two 16-byte loads per thread and bf16 tensor. The tile, not the program or the number of
-# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Not measured yet: that
-# is for bench/sweep_kernels.py on a GPU.
+# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Other values of the
+# three have not been measured: that is for bench/sweep_kernels.py on a GPU.
 TILE = 4096
 WARPS = 8
 EVICTION = ""  # of the hidden states that are read: "" leaves it to the cache
