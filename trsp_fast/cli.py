@@ -3,6 +3,8 @@
 Longer than other files because typer wants every option of every command spelled out in its signature.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import shlex
@@ -27,13 +29,12 @@ EVALUATION_WINDOWS = 128  # windows that prune and demo measure perplexity on; `
 
 def _resolved(model: str) -> str:
     """`demo` is the built-in model; any other name is a folder or a hub name."""
-    from trsp_fast.data import demo_model
-
     if model != "demo":
         return model
-    if not (demo_model() / "config.json").exists():
-        raise UserError(f"the built-in model is missing at {demo_model()}; install the package again.")
-    return str(demo_model())
+    folder = Path(__file__).parent / "demo_model"
+    if not (folder / "config.json").exists():
+        raise UserError(f"the built-in model is missing at {folder}; install the package again.")
+    return str(folder)
 
 
 Model = Annotated[
@@ -151,39 +152,23 @@ def remove(
     out: Out,
     layers: Layers = None,
     revision: Revision = None,
-    allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Remove layers from a checkpoint as they are, and prove the result."""
-    import torch
+    """Remove layers from a checkpoint on disk: nothing is loaded and, where the file system can, nothing copied."""
+    from trsp_fast.models.disk_removal import remove_layers_on_disk
 
-    from trsp_fast.engine.precision import SourceWeights, cast_parameters
-    from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
-    from trsp_fast.models.removal import remove_layers
-    from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
-    from trsp_fast.run.state import staged_output
-
-    _quiet_transformers()
     removed = _layer_list(layers)
-    with staged_output(out) as stage:
-        model = load_model(checkpoint, device="cpu", revision=revision, remote_code=allow_remote_code)
-        try:
-            tokenizer = load_tokenizer(checkpoint, revision=revision, remote_code=allow_remote_code)
-        except UserError as error:
-            tokenizer = None
-            _say(f"note: {error}", as_json)
-        source = SourceWeights(model, torch.float32)
-        cast_parameters(model, torch.float32)
-        small = remove_layers(model, removed)
-        checks = verify_removal(model, small, removed)
-        require(checks)
-        source.restore(small)
-        save_checkpoint(small, stage, tokenizer)
-        on_disk, _ = verify_checkpoint(small, stage)
-        require(on_disk)
-        size = checkpoint_bytes(stage)
-    answer = {"out": str(out), "removed_layers": sorted(removed), "bytes": size, "checks": _plain(checks + on_disk)}
-    _print(answer, as_json, f"{out}: {len(removed)} layers removed, {size:,} bytes of weights, proven")
+    with _byte_bar("removing layers", as_json) as progress:
+        done = remove_layers_on_disk(_on_disk(checkpoint, revision), removed, out, progress=progress)
+    rate = (done.shared + done.copied) / max(done.seconds, 1e-9) / 1e6
+    text = (
+        f"{out}: {len(done.removed)} layers removed, {done.layers} left; {done.shared:,} bytes shared, "
+        f"{done.copied:,} copied in {done.seconds:.2f} s ({rate:,.0f} MB/s)"
+    )
+    if done.left_out:
+        text += f"\nleft out, other forms of the weights or hidden: {', '.join(done.left_out)}"
+    answer = dataclasses.asdict(done) | {"out": str(out), "removed_layers": done.removed}
+    _print(answer, as_json, text)
 
 
 @app.command()
@@ -386,6 +371,21 @@ def _layer_list(text: str | None) -> list[int]:
         raise UserError(f"layers are {text!r}; give whole numbers with commas, for example 3,6,9.") from None
 
 
+def _on_disk(checkpoint: str, revision: str | None) -> str:
+    """The checkpoint's folder; one of the hub is fetched into the hub's cache first."""
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(checkpoint, revision=revision)
+    except Exception as error:  # the hub raises dozens of kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"checkpoint {checkpoint!r} is no folder and cannot be fetched ({reason}); give a folder or a hub name."
+        ) from None
+
+
 def _load(model: str, config: Any, revision: str | None, remote_code: bool, dtype: str | None = None) -> Any:
     """The model in the run's dtype, or in `dtype`."""
     from trsp_fast.engine.precision import run_dtype
@@ -425,6 +425,15 @@ def _tokens(
         evaluation = sources.evaluation_windows(streams.evaluation, short, EVALUATION_WINDOWS)
         sources.check_vocabulary(evaluation, loaded.config.get_text_config(decoder=True).vocab_size)
     return tokens, evaluation
+
+
+def _byte_bar(title: str, as_json: bool) -> Any:
+    """A context that gives progress(done, total) in bytes: a bar on a terminal, nothing elsewhere."""
+    if as_json or not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from trsp_fast.report.terminal import byte_bar
+
+    return byte_bar(title)
 
 
 def _events(as_json: bool) -> Any:

@@ -78,26 +78,39 @@ def check_causal(config: Any, architecture: str | None = None) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = architecture or (config.architectures or ["no architecture"])[0]
-    if getattr(config, "is_encoder_decoder", False):
+    check_causal_fields({**config.to_dict(), "architectures": [name]})
+    causal = {c for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _as_tuple(names)}
+    if name not in causal:
+        raise UserError(f"{name} is not a causal language model; trsp_fast prunes decoder-only ones, give one.")
+
+
+def check_causal_fields(config: dict[str, Any]) -> None:
+    """The part of `check_causal` that a config.json's dict can tell, without transformers.
+
+    Raises:
+        UserError: with the reason and the way out.
+    """
+    name = (config.get("architectures") or ["no architecture"])[0]
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder"):
         raise UserError(
             f"{name} is an encoder-decoder; trsp_fast prunes decoder-only causal language models, give one."
         )
-    causal = {c for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _as_tuple(names)}
-    if name not in causal or (config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False)):
+    if not str(name).endswith(_CAUSAL_ENDINGS) or (kind in _BIDIRECTIONAL and not config.get("is_decoder")):
         raise UserError(f"{name} is not a causal language model; trsp_fast prunes decoder-only ones, give one.")
-    if config.model_type in UNSUPPORTED:
-        raise UserError(
-            f"{config.model_type} is not supported: {UNSUPPORTED[config.model_type]}; choose a model of another family."
-        )
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+    if kind in UNSUPPORTED:
+        raise UserError(f"{kind} is not supported: {UNSUPPORTED[kind]}; choose a model of another family.")
+    if config.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(
             f"{name} scales attention by the layer's own index, which a cut changes; choose a model without "
             "scale_attn_by_inverse_layer_idx."
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if config.get("quantization_config") is not None:
         raise UserError(f"{name} has quantised weights; prune the unquantised model and quantise the result.")
 
 
+# How transformers ends the names of classes that predict the next token.
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Encoders that transformers also offers with a causal head.
 _BIDIRECTIONAL = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "roformer"})
 
@@ -112,6 +125,12 @@ def layer_count(config: dict[str, Any]) -> tuple[str, int]:
         if isinstance(config.get(name), int):
             return name, config[name]
     raise UserError(f"the configuration has none of {', '.join(COUNT_FIELDS)}; its number of layers cannot be told.")
+
+
+def text_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json's dict that describes the decoder: all of it, or a composite model's text_config."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Outputs that appear whole or not at all."""
 
+import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def check_output(out: str | Path) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
     """The folders above `path` exist inside; those made for it that are still empty afterwards are removed again."""
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -49,18 +51,19 @@ def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged_output(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` by one rename when the block ends well, and vanishes else.
 
-    Every file is flushed to the disk before the rename.
+    Every file is flushed to the disk before the rename. What a killed run left of its own temporary folder goes first.
 
     Raises:
         UserError: `out` cannot be created (see `check_output`), or there is no space left.
     """
     path = check_output(out)
     with _parents_of(path, out):
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        _clear_abandoned(path)
+        stage, lock = _locked_folder(path)
         try:
             yield stage
             _flush(stage)
@@ -75,7 +78,36 @@ def staged_output(out: str | Path) -> Iterator[Path]:
                 f"no space left for {str(out)!r} ({error.strerror}); nothing was written, make room."
             ) from None
         finally:
+            os.close(lock)
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder of `path` and the descriptor that locks it until this process ends, however it does."""
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        lock = os.open(stage, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if stage.is_dir():  # else another run took it for abandoned before the lock was ours
+            return stage, lock
+        os.close(lock)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove temporary folders of `path` whose process is gone: nobody holds their lock."""
+    for stage in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if stage.is_symlink() or not stage.is_dir():
+            continue
+        lock = os.open(stage, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another run is at work, or the file system has no locks
+            continue
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,387 @@
+"""Taking layers out of a checkpoint on disk: no tensor is loaded, and where the file system can, no byte is copied.
+
+Imports neither torch nor transformers. The planning and the moving are C++ (csrc/removal_plan.h, csrc/move_ranges.h).
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trsp_fast.config import checked_layers
+from trsp_fast.errors import UserError
+from trsp_fast.models.families import check_causal_fields, layer_count, slice_config, text_fields
+from trsp_fast.run.state import staged_output, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Other forms of the same weights; the unpruned ones must not lie beside the pruned model.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".index.json",
+)  # fmt: skip
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+THREADS = 4  # enough to keep a fast disk busy; more only add seeks on a slow one
+
+
+@dataclass(frozen=True)
+class DiskRemoval:
+    """What `remove_layers_on_disk` did; `shared` bytes are extents that both checkpoints now own."""
+
+    out: Path
+    removed: list[int]
+    layers: int
+    weight_files: list[str]
+    left_out: list[str]
+    bytes: int
+    shared: int
+    copied: int
+    seconds: float
+
+
+@dataclass
+class _WeightFile:
+    name: str
+    descriptor: int
+    header: bytes
+    data_bytes: int
+    metadata: dict[str, str]
+    tensors: list[tuple[str, str, tuple[int, ...], int, int]]  # name, dtype, shape, begin, end
+
+
+def remove_layers_on_disk(
+    src: str | Path,
+    layers: Iterable[int],
+    dst: str | Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> DiskRemoval:
+    """Write the checkpoint `src` without `layers` to the new folder `dst`, in constant memory.
+
+    The weights that stay move as whole ranges: shared with the source where the file system can (XFS, Btrfs), else
+    copied by the kernel, else by read and write. Headers, index and config.json are written anew; all other files come
+    along, except other forms of the same weights (`DiskRemoval.left_out`). `dst` appears when it is complete.
+
+    Args:
+        src: a folder with config.json and safetensors weights, in one file or with an index. It is only read.
+        layers: indices to remove, each once.
+        dst: does not exist or is empty, and lies outside `src`.
+        progress: called about ten times a second with bytes done and bytes in all.
+
+    Raises:
+        UserError: the checkpoint is broken, hostile or of a kind that cannot be cut so, the layers are not its own, or
+            the disk refuses; one sentence, and nothing is written.
+    """
+    start = time.perf_counter()
+    folder = _folder(src)
+    if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"output {str(dst)!r} lies inside the checkpoint {str(src)!r}; give a folder outside it.")
+    config = _read_json(folder, "config.json")
+    check_causal_fields(config)
+    _, count = layer_count(text_fields(config))
+    removed = checked_layers(layers, count)
+    kept = [layer for layer in range(count) if layer not in removed]
+    with _weight_files(folder) as files, _errors_of_disk(src):
+        path = _layer_path([tensor[0] for file in files for tensor in file.tensors], count, "text_config" in config)
+        names = _new_names(files, path, kept)
+        with staged_output(dst) as stage:
+            weights, moved = _move_weights(files, names, stage, progress)
+            left_out = _bring_along(folder, stage, {file.name for file in files})
+            write_json(stage / "config.json", slice_config(config, kept))
+            size = sum((stage / name).stat().st_size for name in weights)
+    return DiskRemoval(
+        out=Path(dst),
+        removed=removed,
+        layers=len(kept),
+        weight_files=weights,
+        left_out=left_out,
+        bytes=size,
+        shared=moved[0],
+        copied=moved[1],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _extension() -> Any:
+    try:
+        from trsp_fast import _surgery
+    except ImportError as error:
+        raise UserError(
+            f"removing layers on disk needs trsp_fast's C++ extension, which does not load ({error}); install a C++ "
+            "compiler and reinstall trsp_fast."
+        ) from None
+    return _surgery
+
+
+def _folder(src: str | Path) -> Path:
+    folder = Path(src)
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {str(src)!r} is not a folder; give the folder of a saved model.")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"checkpoint {str(src)!r} is a PEFT adapter; merge it into its model and save that first.")
+    return folder
+
+
+# ---- reading an untrusted folder
+
+
+def _plain(folder: Path, name: str) -> Path:
+    """The real path of a file of the folder; a link may lead to another file of it or to a blob of the hub's cache."""
+    path = folder / name
+    real = Path(os.path.realpath(path))
+    homes = [Path(os.path.realpath(folder)), Path(os.path.realpath(folder / ".." / ".." / "blobs"))]
+    if not any(real.is_relative_to(home) for home in homes):
+        raise UserError(f"{str(path)!r} is a link to {str(real)!r}, outside the checkpoint; put the file itself there.")
+    try:
+        mode = real.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}); give a complete checkpoint.") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{str(path)!r} is not a regular file; give a checkpoint made of plain files.")
+    return real
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: parsers differ on which of the two they believe."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ValueError(f"key {twice!r} stands twice")
+        return values
+
+    path = folder / name
+    try:
+        values = json.loads(_plain(folder, name).read_text(encoding="utf-8"), object_pairs_hook=object_of)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{str(path)!r} is not valid JSON ({reason}); give an intact checkpoint.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not an object; give an intact checkpoint.")
+    return values
+
+
+@contextlib.contextmanager
+def _weight_files(folder: Path) -> Iterator[list[_WeightFile]]:
+    """The checkpoint's weight files, open and checked: the very files whose headers were read are moved later."""
+    with contextlib.ExitStack() as stack:
+        names, weight_map = _weight_names(folder)
+        files = [_open_weights(folder, name, stack) for name in names]
+        _check_names(files, weight_map)
+        yield files
+
+
+def _weight_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    if (folder / INDEX).exists():
+        weight_map = _read_json(folder, INDEX).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(v, str) for v in weight_map.values())
+        ):
+            raise UserError(f"{str(folder / INDEX)!r} has no weight_map of names; give an intact checkpoint.")
+        for name in weight_map.values():
+            if os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"{str(folder / INDEX)!r} names the file {name!r}, which is not a safetensors file of the folder; "
+                    "give an intact checkpoint."
+                )
+        return sorted(set(weight_map.values())), weight_map
+    if (folder / SINGLE).exists():
+        return [SINGLE], None
+    if any((folder / name).exists() for name in PICKLED):
+        raise UserError(
+            f"checkpoint {str(folder)!r} holds pickled weights (.bin), which can run code when read; convert it first: "
+            "load it with transformers and call save_pretrained, which writes safetensors."
+        )
+    raise UserError(f"checkpoint {str(folder)!r} has no {SINGLE} and no {INDEX}; give a folder with weights.")
+
+
+def _open_weights(folder: Path, name: str, stack: contextlib.ExitStack) -> _WeightFile:
+    surgery = _extension()
+    path = _plain(folder, name)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    stack.callback(os.close, descriptor)
+    size = os.fstat(descriptor).st_size
+    prefix = os.pread(descriptor, 8, 0)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if len(prefix) < 8 or length > size - 8:
+        raise UserError(
+            f"{str(folder / name)!r}: header length: {length} bytes are announced, the file has {size}; "
+            "give an intact checkpoint."
+        )
+    if length > 100_000_000:
+        raise UserError(f"{str(folder / name)!r}: header length: {length} is more than the format's 100,000,000 bytes.")
+    header = os.pread(descriptor, length, 8)
+    try:
+        metadata, tensors = surgery.parse_header(header, size - 8 - length)
+    except ValueError as error:
+        raise UserError(f"{str(folder / name)!r}: {error}; give an intact checkpoint.") from None
+    return _WeightFile(name, descriptor, header, size - 8 - length, metadata, tensors)
+
+
+def _check_names(files: list[_WeightFile], weight_map: dict[str, str] | None) -> None:
+    """Every tensor in one file only, and every one that the index names in the file it names."""
+    home: dict[str, str] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor[0] in home:
+                raise UserError(
+                    f"tensor {tensor[0]!r} is in {home[tensor[0]]!r} and in {file.name!r}; give an intact checkpoint."
+                )
+            home[tensor[0]] = file.name
+    for name, file_name in (weight_map or {}).items():
+        if home.get(name) != file_name:
+            raise UserError(
+                f"{INDEX!r}: weight_map: tensor {name!r} is not in {file_name!r}; give an intact checkpoint."
+            )
+
+
+# ---- names
+
+
+def _layer_path(names: list[str], count: int, composite: bool) -> str:
+    """The prefix under which the tensors of the decoder layers stand: `model.layers` of `model.layers.0.mlp...`."""
+    indices: dict[str, set[int]] = {}
+    for name in names:
+        for found in re.finditer(r"\.(\d{1,6})(?=\.)", name):
+            indices.setdefault(name[: found.start()], set()).add(int(found[1]))
+    stacks = [prefix for prefix, seen in indices.items() if set(range(count)) <= seen]
+    if composite:  # the other towers of a vision-language model
+        stacks = [prefix for prefix in stacks if not re.search(r"vision|visual|audio|encoder", prefix)] or stacks
+    outermost = min((prefix.count(".") for prefix in stacks), default=0)
+    stacks = [prefix for prefix in stacks if prefix.count(".") == outermost]
+    if len(stacks) != 1:
+        raise UserError(
+            f"the checkpoint has {len(stacks)} groups of tensors for {count} layers, not one; give a decoder model."
+        )
+    if beyond := sorted(indices[stacks[0]] - set(range(count))):
+        raise UserError(
+            f"the checkpoint has tensors of layer {stacks[0]}.{beyond[0]}, but the configuration names {count} layers "
+            "(multi-token prediction?); such models cannot be cut on disk."
+        )
+    return stacks[0]
+
+
+def _new_names(files: list[_WeightFile], path: str, kept: list[int]) -> dict[str, str]:
+    """Old name -> new name of every tensor that stays."""
+    position = {old: new for new, old in enumerate(kept)}
+    layer = re.compile(re.escape(path) + r"\.(\d+)\.(.*)", re.DOTALL)
+    names = {}
+    for name in (tensor[0] for file in files for tensor in file.tensors):
+        found = layer.fullmatch(name)
+        if found is None:
+            names[name] = name
+        elif int(found[1]) in position:
+            names[name] = f"{path}.{position[int(found[1])]}.{found[2]}"
+    return names
+
+
+# ---- writing
+
+
+def _move_weights(
+    files: list[_WeightFile], names: dict[str, str], stage: Path, progress: Callable[[int, int], None] | None
+) -> tuple[list[str], tuple[int, int]]:
+    """Write the weight files and their index; names of the files, bytes shared and bytes copied."""
+    surgery = _extension()
+    block = _shared_block(files, stage)
+    targets = surgery.plan([(file.header, file.data_bytes) for file in files], names, block)
+    total = sum(size - len(head) for _, head, size, _, _ in targets)
+    _check_space(stage, sum(r[2] for *_, ranges in targets for r in ranges if not r[3]))
+    titles = [
+        SINGLE if len(targets) == 1 else f"model-{i:05}-of-{len(targets):05}.safetensors"
+        for i in range(1, len(targets) + 1)
+    ]
+    with contextlib.ExitStack() as stack:
+        moves = []
+        for title, (source, head, size, _, ranges) in zip(titles, targets, strict=True):
+            out = stack.enter_context((stage / title).open("xb", buffering=0))
+            out.write(head)
+            os.ftruncate(out.fileno(), size)
+            moves += [(files[source].descriptor, out.fileno(), *range_) for range_ in ranges]
+
+        def report(shared: int, copied: int) -> None:
+            if progress is not None:
+                progress(shared + copied, total)
+
+        moved = surgery.move_ranges(moves, THREADS, report)
+    if len(titles) > 1:
+        _write_index(files, names, titles, targets, stage)
+    return titles, moved
+
+
+def _shared_block(files: list[_WeightFile], stage: Path) -> int:
+    """The block size when extents can be shared between the checkpoint and the result, else 0."""
+    surgery = _extension()
+    block = os.statvfs(stage).f_bsize
+    probe = stage / ".probe"
+    with probe.open("xb", buffering=0) as file:
+        large = next((f for f in files if 8 + len(f.header) + f.data_bytes >= block), None)
+        shares = large is not None and surgery.can_share(large.descriptor, file.fileno(), block)
+    probe.unlink()
+    return block if shares else 0
+
+
+def _check_space(stage: Path, needed: int) -> None:
+    """Refuse before writing what cannot fit; a disk that fills up meanwhile is found by the writing itself."""
+    system = os.statvfs(stage)
+    free = system.f_bavail * system.f_frsize
+    if needed > free:
+        raise UserError(
+            f"no space left: {needed:,} bytes must be written, {free:,} are free; make room or choose another disk."
+        )
+
+
+def _write_index(
+    files: list[_WeightFile], names: dict[str, str], titles: list[str], targets: list[Any], stage: Path
+) -> None:
+    weight_map = {name: title for title, target in zip(titles, targets, strict=True) for name in target[3]}
+    stay = [tensor for file in files for tensor in file.tensors if tensor[0] in names]
+    parameters = 0
+    for _, _, shape, _, _ in stay:
+        elements = 1
+        for size in shape:
+            elements *= size
+        parameters += elements
+    sizes = {"total_parameters": parameters, "total_size": sum(end - begin for *_, begin, end in stay)}
+    write_json(stage / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _bring_along(folder: Path, stage: Path, weights: set[str]) -> list[str]:
+    """Copy everything but the weights; names what is left behind: other forms of the weights, hidden folders."""
+    left_out = []
+    for directory, folders, names in os.walk(folder):
+        inside = Path(directory).relative_to(folder)
+        hidden = [name for name in folders if name.startswith(".") or (Path(directory) / name).is_symlink()]
+        left_out += [str(inside / name) + "/" for name in hidden]
+        folders[:] = sorted(set(folders) - set(hidden))
+        for name in sorted(names):
+            relative = str(inside / name)
+            if relative in weights or relative in ("config.json", INDEX):
+                continue
+            if name.endswith(WEIGHT_SUFFIXES):
+                left_out.append(relative)
+                continue
+            (stage / inside).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_plain(folder, relative), stage / inside / name)
+    return sorted(left_out)
+
+
+@contextlib.contextmanager
+def _errors_of_disk(src: str | Path) -> Iterator[None]:
+    """Read errors as sentences; `staged_output` has those of writing."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {str(src)!r}: {error}; give an intact checkpoint.") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {str(src)!r} cannot be moved ({error.strerror}); check the disk.") from None
