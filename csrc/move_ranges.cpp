@@ -19,8 +19,8 @@
 namespace trsp_fast {
 namespace {
 
-constexpr std::uint64_t kPiece = 64 << 20;      // of a move: what one thread does before it looks for cancellation
-constexpr std::size_t kBuffer = 1 << 20;        // per thread, for file systems that copy only through the program
+constexpr std::uint64_t kPiece = 64 << 20;  // of a move: what one thread does before it looks for cancellation
+constexpr std::size_t kBuffer = 1 << 20;    // per thread; writes end at multiples of it
 
 [[noreturn]] void fail(const char* doing) { throw std::system_error(errno, std::generic_category(), doing); }
 
@@ -73,7 +73,8 @@ bool copy_in_kernel(Move& rest, MoveProgress& progress) {
 void copy_by_hand(Move& rest, std::vector<char>& buffer, MoveProgress& progress) {
   buffer.resize(kBuffer);
   while (rest.bytes) {
-    const std::size_t wanted = rest.bytes < kBuffer ? rest.bytes : kBuffer;
+    // Aligned in the target, so that its page cache is made of large folios.
+    const std::size_t wanted = std::min<std::uint64_t>(rest.bytes, kBuffer - rest.to_offset % kBuffer);
     const ssize_t got = pread(rest.from, buffer.data(), wanted, static_cast<off_t>(rest.from_offset));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) fail("reading");
@@ -119,7 +120,7 @@ class Queue {
   std::uint64_t done_ = 0;
 };
 
-void work(Queue& queue, MoveProgress& progress) {
+void work(Queue& queue, bool in_kernel, MoveProgress& progress) {
   std::vector<char> buffer;
   Move piece;
   while (!progress.cancelled && queue.next(piece)) {
@@ -127,19 +128,19 @@ void work(Queue& queue, MoveProgress& progress) {
       progress.shared += piece.bytes;
       continue;
     }
-    if (!copy_in_kernel(piece, progress)) copy_by_hand(piece, buffer, progress);
+    if (!in_kernel || !copy_in_kernel(piece, progress)) copy_by_hand(piece, buffer, progress);
   }
 }
 
 }  // namespace
 
-void move_ranges(const std::vector<Move>& moves, unsigned threads, MoveProgress& progress) {
+void move_ranges(const std::vector<Move>& moves, unsigned threads, bool in_kernel, MoveProgress& progress) {
   Queue queue(moves);
   std::exception_ptr error;
   std::mutex error_mutex;
   const auto guarded = [&] {
     try {
-      work(queue, progress);
+      work(queue, in_kernel, progress);
     } catch (...) {
       const std::lock_guard lock(error_mutex);
       if (!error) error = std::current_exception();

@@ -20,9 +20,11 @@ struct MoveProgress {
   std::atomic<bool> cancelled{false};    // set to stop after the pieces under way
 };
 
-// Runs all moves on `threads` threads. Ranges of a target must not overlap; its size grows as needed.
+// Runs all moves on `threads` threads. Ranges of a target must not overlap; its size grows as needed. `in_kernel` copies
+// by copy_file_range, which a file server carries out itself; on a local disk it is slower than reading and writing
+// where the offsets differ modulo the page cache's folios (NOTES.md).
 // Throws std::system_error for what the operating system refuses, std::runtime_error for a source that ends early.
-void move_ranges(const std::vector<Move>& moves, unsigned threads, MoveProgress& progress);
+void move_ranges(const std::vector<Move>& moves, unsigned threads, bool in_kernel, MoveProgress& progress);
 
 // Whether the file systems of the two files share extents: tried with one block, which `to` then holds.
 bool can_share(int from, int to, std::uint64_t block);

@@ -61,12 +61,13 @@ py::list plan(const std::vector<std::pair<py::bytes, std::uint64_t>>& files,
 using MoveTuple = std::tuple<int, int, std::uint64_t, std::uint64_t, std::uint64_t, bool>;
 
 // The work runs without the GIL while this thread comes back for it ten times a second: for the progress and Ctrl-C.
-py::tuple run_moves(const std::vector<MoveTuple>& tuples, unsigned threads, const py::object& on_progress) {
+py::tuple run_moves(const std::vector<MoveTuple>& tuples, unsigned threads, const py::object& on_progress,
+                    bool in_kernel) {
   std::vector<Move> moves;
   for (const auto& [from, to, from_offset, to_offset, bytes, share] : tuples)
     moves.push_back({from, to, from_offset, to_offset, bytes, share});
   MoveProgress progress;
-  auto running = std::async(std::launch::async, [&] { move_ranges(moves, threads, progress); });
+  auto running = std::async(std::launch::async, [&] { move_ranges(moves, threads, in_kernel, progress); });
   const auto wait = [&](auto duration) {
     const py::gil_scoped_release release;
     return running.wait_for(duration) == std::future_status::ready;
@@ -110,8 +111,10 @@ PYBIND11_MODULE(_surgery, module) {
              "shared. Returns a list of (source, head, bytes, tensors, ranges) per target file, ranges being\n"
              "(from, to, bytes, shared) with offsets in the two files. Raises ValueError like parse_header.");
   module.def("move_ranges", &run_moves, py::arg("moves"), py::arg("threads"), py::arg("on_progress") = py::none(),
+             py::arg("in_kernel") = false,
              "Share or copy ranges (from_fd, to_fd, from_offset, to_offset, bytes, share) between open files.\n\n"
              "on_progress(shared, copied) is called with bytes ten times a second. Returns the two at the end.\n"
+             "in_kernel: copy by copy_file_range, as a file server can by itself.\n"
              "Raises OSError for what the system refuses, RuntimeError for a source that ends early.");
   module.def("can_share", &can_share, py::arg("from_fd"), py::arg("to_fd"), py::arg("block"),
              "Whether the two files' systems share extents; tried with their first block.");

@@ -134,22 +134,24 @@ def test_a_broken_header_is_refused_here_too():
         surgery.plan([(b" {}", 0)], {}, 0)
 
 
-def test_move_ranges_between_files(tmp_path):
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_move_ranges_between_files(tmp_path, in_kernel):
     content = bytes(range(256)) * 40
     (tmp_path / "a").write_bytes(content)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("w+b") as b:
         moves = [(a.fileno(), b.fileno(), 100, 0, 5000, True), (a.fileno(), b.fileno(), 7000, 5000, 300, False)]
         seen = []
-        shared, copied = surgery.move_ranges(moves, 3, lambda *values: seen.append(values))
+        shared, copied = surgery.move_ranges(moves, 3, lambda *values: seen.append(values), in_kernel)
         assert (tmp_path / "b").read_bytes() == content[100:5100] + content[7000:7300]
     assert shared + copied == 5300
     assert seen[-1] == (shared, copied)
 
 
-def test_move_ranges_reports_what_the_system_refuses(tmp_path):
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_move_ranges_reports_what_the_system_refuses(tmp_path, in_kernel):
     (tmp_path / "a").write_bytes(b"x" * 100)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("wb") as b:
         with pytest.raises(OSError, match="Bad file descriptor"):
-            surgery.move_ranges([(a.fileno(), a.fileno(), 0, 50, 10, False)], 2)
+            surgery.move_ranges([(a.fileno(), a.fileno(), 0, 50, 10, False)], 2, None, in_kernel)
         with pytest.raises(RuntimeError, match="ended early, at byte 100"):
-            surgery.move_ranges([(a.fileno(), b.fileno(), 50, 0, 51, False)], 2)
+            surgery.move_ranges([(a.fileno(), b.fileno(), 50, 0, 51, False)], 2, None, in_kernel)
