@@ -7,7 +7,6 @@ then over processes. GB/s counts what the case must move at least, so it compare
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,32 +22,44 @@ import torch
 import torch._functorch.config as functorch_config
 from op_cases import CASES, DTYPES, PASSES, PROVIDERS, Problem
 
-GRAPH_BELOW = 2**23  # elements; smaller GPU shapes are timed as CUDA graphs
-HIDDEN = (4096, 2048, 8192, 2560, 5120)
+# Elements; smaller GPU shapes are timed as CUDA graphs. 2^26 of them take 90 us, longer than the host needs to queue.
+GRAPH_BELOW = 2**26
 SIZES = {  # tokens and hidden size, the most telling first: a time budget cuts the end
-    "cuda": [(tokens, hidden) for tokens in (16384, 2048, 65536) for hidden in HIDDEN] + [(512, 4096), (128, 4096)],
+    "cuda": [(16384, 4096), (2048, 4096), (512, 4096), (65536, 4096), (16384, 8192), (2048, 2048), (65536, 8192)]
+    + [(tokens, hidden) for hidden in (5120, 2560) for tokens in (16384, 2048, 65536)]
+    + [(16384, 2048), (2048, 8192), (65536, 2048), (128, 4096)],
     "cpu": [(2048, 4096), (512, 2048)],
 }
 
 
 def main() -> None:
     arguments = parse()
-    if arguments.device == "cpu" and not arguments.fresh_memory:
-        measure.keep_memory()
-    if arguments.processes > 1:
-        content = in_processes(arguments)
-    else:
-        content = {"machine": measure.machine(arguments.device), "memory": memory(arguments), "rows": [], "cut": []}
-        for rows in all_rows(arguments, content["cut"]):
-            content["rows"] += rows
-            if arguments.json:
-                measure.write(arguments.json, content)
-    if arguments.json:
-        measure.write(arguments.json, content)
+    if arguments.device == "cpu":
+        measure.set_allocator(measure.FRESH_MEMORY if arguments.fresh_memory else measure.KEEP_MEMORY)
+    content = in_processes(arguments) if arguments.processes > 1 else in_this_process(arguments)
     if not arguments.quiet:
         print_table(content)
     if any(not row["correct"] for row in content["rows"]):
         sys.exit("some results are wrong: no ratio is given for them.")
+    if content["broken"]:
+        sys.exit(f"{content['broken']} of {content['processes']} processes broke off; their messages are above.")
+
+
+def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "machine": measure.machine(arguments.device), "memory": memory(arguments),
+        "processes": 1, "broken": 1, "cut": [], "rows": [],
+    }  # fmt: skip
+    if arguments.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on it, see measure.as_graph
+    for rows in all_rows(arguments, content["cut"]):
+        content["rows"] += rows
+        if arguments.json:
+            measure.write(arguments.json, content)
+    content["broken"] = 0
+    if arguments.json:
+        measure.write(arguments.json, content)
+    return content
 
 
 def parse() -> argparse.Namespace:
@@ -98,38 +109,50 @@ def memory(arguments: argparse.Namespace) -> str:
 
 
 def in_processes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same bench in several processes, merged row by row."""
+    """The same bench in several processes; what they found so far is merged and written after each."""
+    deadline = time.monotonic() + arguments.budget
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = []
         for number in range(arguments.processes):
             file = Path(folder) / f"{number}.json"
+            # The first one compiles what the others find in Inductor's cache: it may take half of the time.
+            share = 0.5 if number == 0 else 1.0 / (arguments.processes - number)
             again = [*sys.argv, "--processes", "1", "--quiet", "--json", str(file)]
-            again += ["--budget", str(arguments.budget / arguments.processes)]
-            done = subprocess.run([sys.executable, *again], env=os.environ, check=False)
-            if not file.exists():
-                sys.exit(f"process {number + 1} of the bench ended with status {done.returncode} and no results.")
-            runs.append(measure.json.loads(file.read_text()))
-    return merge(runs)
+            again += ["--budget", str((deadline - time.monotonic()) * share)]
+            subprocess.run([sys.executable, *again], check=False)
+            if file.exists():
+                runs.append(measure.json.loads(file.read_text()))
+            if runs and arguments.json:
+                measure.write(arguments.json, merge(runs, number + 1))
+    if not runs:
+        sys.exit("none of the processes of the bench measured anything; their messages are above.")
+    return merge(runs, arguments.processes)
 
 
-def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over processes; rows that not every process reached are left out and named."""
+def merge(runs: list[dict[str, Any]], started: int) -> dict[str, Any]:
+    """Medians over the processes that reached a row; what none of them reached is named as cut."""
     key = ("case", "tokens", "hidden", "dtype", "pass", "provider")
-    tables = [{tuple(row[k] for k in key): row for row in run["rows"]} for run in runs]
-    rows, cut = [], {name for run in runs for name in run["cut"]}
-    for name, first in tables[0].items():
-        same = [table[name] for table in tables if name in table]
-        if len(same) < len(runs):
-            cut.add(f"{name[0]}, {name[1]} x {name[2]} {name[3]}")
-            continue
-        merged = dict(first)
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            found.setdefault(tuple(row[k] for k in key), []).append(row)
+    rows = []
+    for same in found.values():
+        merged = dict(same[0])
         for figure in ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy", "of_datasheet"):
             values = [row[figure] for row in same]
             merged[figure] = None if None in values else median(values)
         merged["processes_ms"] = [row["median_ms"] for row in same]
         merged["correct"] = all(row["correct"] for row in same)
         rows.append(merged)
-    return {**runs[0], "processes": len(runs), "rows": rows, "cut": sorted(cut)}
+    reached = {problem_name(row["case"], row["tokens"], row["hidden"], row["dtype"]) for row in rows}
+    cut = sorted({name for run in runs for name in run["cut"]} - reached)
+    broken = sum(run["broken"] for run in runs) + started - len(runs)
+    return {**runs[0], "processes": started, "broken": broken, "cut": cut, "rows": rows}
+
+
+def problem_name(case: str, tokens: int, hidden: int, dtype: str) -> str:
+    return f"{case}, {tokens} x {hidden} {dtype}"
 
 
 def all_rows(arguments: argparse.Namespace, cut: list[str]) -> Iterator[list[dict[str, Any]]]:
@@ -141,7 +164,7 @@ def all_rows(arguments: argparse.Namespace, cut: list[str]) -> Iterator[list[dic
     for tokens, hidden in arguments.size_list:
         for dtype_name, dtype in arguments.dtype_list:
             for case in arguments.case_list:
-                name = f"{case.name}, {tokens} x {hidden} {dtype_name}"
+                name = problem_name(case.name, tokens, hidden, dtype_name)
                 start = time.monotonic()
                 if start + longest > deadline:
                     cut.append(name)
@@ -178,7 +201,8 @@ def rows_of(problem: Problem, arguments: argparse.Namespace) -> Iterator[dict[st
             name: one_pass(problem, which, providers[name], outputs[name]) for name in providers
         }
         functions["copy"] = lambda: copied.copy_(source)
-        if device == "cuda" and source.numel() < GRAPH_BELOW:
+        graphs = device == "cuda" and source.numel() < GRAPH_BELOW
+        if graphs:
             functions = {name: measure.as_graph(function) for name, function in functions.items()}
         timings = measure.interleaved(functions, device, arguments.seconds)
         rates = {name: nbytes * problem.case.moves(which) / t.median for name, t in timings.items()}
@@ -192,6 +216,7 @@ def rows_of(problem: Problem, arguments: argparse.Namespace) -> Iterator[dict[st
                 "p20_ms": timing.p20 * 1e3,
                 "p80_ms": timing.p80 * 1e3,
                 "calls": timing.calls,
+                "graph": graphs,
                 "gb_per_s": rates[name] / 1e9,
                 "of_copy": rates[name] / rates["copy"],
                 "of_datasheet": rates[name] / rated if rated else None,

@@ -11,10 +11,17 @@ OUT=${OUT:-bench/results}
 ALL=(tests kernels sweep)
 LIMIT=470
 
+# -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
+install() {
+    "$PYTHON" -P -m pip install --quiet --no-build-isolation --no-deps --disable-pip-version-check --editable .
+}
+
 build() {
-    # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
-    "$PYTHON" -P -m pip install --quiet --no-build-isolation --no-deps --disable-pip-version-check --editable . ||
-        { echo "gpu.sh: trsp_fast could not be built with $("$PYTHON" --version); the messages are above." >&2; exit 1; }
+    install && return
+    echo "gpu.sh: no extension could be built (messages above); going on without it, the CPU kernels are not tested" >&2
+    TRSP_FAST_NO_EXTENSIONS=1 install && return
+    echo "gpu.sh: nor can the package be installed; using the source tree" >&2
+    export PYTHONPATH=$PWD
 }
 
 name_gpu() {
@@ -28,7 +35,7 @@ part_tests() {
     local log="$OUT/tests_$gpu.log" status=0
     local pytest=("$PYTHON" -P -m pytest -q -ra -p no:cacheprovider)
     timeout $LIMIT "${pytest[@]}" tests/ops > "$log" 2>&1 || status=$?
-    if [ $status -ne 124 ]; then
+    if [ $status -ne 124 ] && [ $((LIMIT - SECONDS)) -gt 20 ]; then
         timeout $((LIMIT - SECONDS)) "${pytest[@]}" tests --ignore tests/ops -m "not slow" >> "$log" 2>&1 || status=$?
     fi
     grep -E "^(FAILED|ERROR|SKIPPED)|passed|failed" "$log"
@@ -37,7 +44,8 @@ part_tests() {
 }
 
 part_kernels() {
-    "$PYTHON" bench/bench_gated_residual.py --device cuda --seconds 0.3 --budget 440 --json "$OUT/kernels_$gpu.json"
+    timeout $LIMIT "$PYTHON" bench/bench_gated_residual.py --device cuda --seconds 0.2 --budget 400 \
+        --json "$OUT/kernels_$gpu.json"
 }
 
 part_sweep() {

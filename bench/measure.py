@@ -20,7 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 # Bytes per second of device memory by NVIDIA's datasheets, the longest matching name first.
 DATASHEET = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "B200": 8.0e12, "A100-SXM4-80GB": 2.039e12}
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU above
-# glibc then keeps freed memory, as CUDA's caching allocator does; page faults would be most of every provider's time.
+# glibc's settings. It then keeps freed memory, as CUDA's caching allocator does, or gives it back after every call; by
+# default it does one below 32 MB and the other above, and page faults would be most of some providers' time.
+FRESH_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
@@ -44,10 +46,11 @@ class Timing:
         return cls(statistics.median(ordered), *at, len(ordered))
 
 
-def keep_memory() -> None:
-    """Start this program again with KEEP_MEMORY, unless it was: glibc reads the settings before Python runs."""
-    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_MEMORY)
+def set_allocator(wanted: dict[str, str]) -> None:
+    """Start this program again with these settings, unless it was: glibc reads them before Python runs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} != wanted:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept | wanted)
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, Timing]:
@@ -91,15 +94,15 @@ def _time_on_gpu(function: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.c
 
 
 def as_graph(function: Callable[[], Any]) -> Callable[[], None]:
-    """The function as one replay of a CUDA graph: for shapes whose launches take longer than their work."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
+    """The function as one replay of a CUDA graph: for shapes whose launches take longer than their work.
+
+    It is captured on the current stream, which must not be the default one: a backward pass runs on the stream of its
+    forward pass, and a capture must not wait for another stream.
+    """
+    for _ in range(3):
+        function()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         kept = function()
 
     def replay() -> None:
@@ -179,7 +182,10 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 

@@ -40,7 +40,8 @@ def tables() -> str:
     """One table per machine that has results, GPUs first."""
     files = [file for file in sorted(RESULTS.glob("kernels_*.json")) if "fresh_memory" not in file.name]
     files.sort(key=lambda file: "cpu" in file.name)
-    return "\n\n".join(table(json.loads(file.read_text()), file.name) for file in files)
+    contents = [(json.loads(file.read_text()), file.name) for file in files]
+    return "\n\n".join(table(content, name) for content, name in contents if content["rows"])
 
 
 def table(content: dict[str, Any], name: str) -> str:
@@ -78,6 +79,8 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
         times.append(f"{row['median_ms']:.3g} ms" if row else "-")
         honest = row is not None and row["correct"] and ours["correct"]
         ratios.append(f"{row['median_ms'] / ours['median_ms']:.1f}" if row and honest else "-")
+    if not ours["correct"]:
+        return f"| {label} | {dtype} | {which} | wrong results: no figures |"
     cells = [label, dtype, which, *times, f"{ours['median_ms']:.3g} ms", *ratios]
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 

@@ -101,8 +101,9 @@ TRSP_INLINE void backward_run(const Backward<T>& given) {
   for_each_lanes(
       run.n,
       [&](int64_t i, auto size) __attribute__((always_inline)) {
-        const Lanes dy = load(run.dy + i, size);
-        Lanes d, cofactor, dout = g * dy, dx;
+        Lanes dy, d, cofactor, dx;
+        if (run.dy) dy = load(run.dy + i, size);
+        Lanes dout = g * dy;
         if (run.residual) dx = rest * dy;
         if (run.out) cofactor = d = load(run.out + i, size);
         if (run.x) d = d - load(run.x + i, size);
@@ -133,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const std::option
   const auto c1 = per_sequence(c1_, shape, "c1"), c2 = per_sequence(c2_, shape, "c2");
   const bool penalised = (c1 || c2) && (need_dx || need_dout);
   const bool reads_x = penalised || (residual && need_dgate), reads_out = penalised || need_dgate;
+  const bool reads_dy = residual || need_dout || need_dgate;
   TORCH_CHECK_VALUE((x_ || !reads_x) && (out_ || !reads_out), "x and out are needed for these gradients, got none");
   const Tensor dy = states(dy_, dy_, "dy");
   const Tensor x = reads_x ? states(*x_, dy, "x") : nothing(dy);
@@ -152,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const std::option
       const Penalty of_sequence = penalty(c1, c2, s);
       for_each_run(begin, end, shape.hidden, keeps(mask, shape, s), [&](int64_t first, int64_t n, bool kept) {
         const int64_t at = s * shape.length + first;
-        backward_loop(Backward<T>{dy_data + at, reads_x ? x_data + at : nullptr, reads_out ? out_data + at : nullptr,
+        backward_loop(Backward<T>{reads_dy ? dy_data + at : nullptr, reads_x ? x_data + at : nullptr, reads_out ? out_data + at : nullptr,
                                   need_dx ? dx_data + at : nullptr, need_dout ? dout_data + at : nullptr, n, g,
                                   residual, stream, penalised && kept ? &of_sequence : nullptr,
                                   need_dgate ? &dot : nullptr});

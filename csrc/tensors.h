@@ -56,6 +56,7 @@ struct Shape {
 
  private:
   static Tensor add(const std::vector<double>& partials, Tensor sums) {
+    const KeepsSubnormals scope;
     float* to = sums.mutable_data_ptr<float>();
     const int64_t count = sums.numel(), each = count ? partials.size() / count : 0;
     for (int64_t s = 0; s < count; ++s)

@@ -98,23 +98,45 @@ def test_no_ratio_for_wrong_results():
     )  # fmt: skip
 
 
-def test_merge_takes_medians_and_leaves_out_what_one_process_missed():
+def test_merge_takes_medians_and_names_what_nobody_reached():
     about = {"tokens": 1, "hidden": 2, "dtype": "bf16", "pass": "forward", "provider": "ours", "correct": True}
     figures = ("p20_ms", "p80_ms", "gb_per_s", "of_copy")
 
     def row(case, value, **more):
         return about | {"case": case, "median_ms": value, "of_datasheet": None} | dict.fromkeys(figures, value) | more
 
+    cut = ["b, 1 x 2 bf16", "c, 1 x 2 bf16"]
     runs = [
-        {"machine": {}, "cut": [], "rows": [row("a", 3.0), row("b", 1.0)]},
-        {"machine": {}, "cut": ["c, 1 x 2 bf16"], "rows": [row("a", 1.0, correct=False)]},
-        {"machine": {}, "cut": [], "rows": [row("a", 2.0), row("b", 1.0)]},
+        {"machine": {}, "broken": 0, "cut": ["c, 1 x 2 bf16"], "rows": [row("a", 3.0), row("b", 1.0)]},
+        {"machine": {}, "broken": 1, "cut": cut, "rows": [row("a", 1.0, correct=False)]},
+        {"machine": {}, "broken": 0, "cut": cut, "rows": [row("a", 2.0), row("d", 5.0)]},
     ]
-    merged = bench_gated_residual.merge(runs)
-    (only,) = merged["rows"]
-    assert (only["case"], only["median_ms"], only["processes_ms"]) == ("a", 2.0, [3.0, 1.0, 2.0])
-    assert only["correct"] is False
-    assert merged["cut"] == ["b, 1 x 2 bf16", "c, 1 x 2 bf16"]
+    merged = bench_gated_residual.merge(runs, 4)
+    rows = {row["case"]: row for row in merged["rows"]}
+    assert (rows["a"]["median_ms"], rows["a"]["processes_ms"]) == (2.0, [3.0, 1.0, 2.0])
+    assert [rows[name]["processes_ms"] for name in "bd"] == [[1.0], [5.0]]
+    assert rows["a"]["correct"] is False
+    assert merged["cut"] == ["c, 1 x 2 bf16"]
+    assert merged["broken"] == 2  # one that broke off and one that wrote nothing
+
+
+def test_a_process_that_breaks_off_is_said(tmp_path, monkeypatch):
+    right = op_cases.Problem.make
+
+    def fails_later(case, tokens, *rest):
+        if tokens == 7:
+            raise RuntimeError("out of memory")
+        return right(case, tokens, *rest)
+
+    monkeypatch.setattr(op_cases.Problem, "make", fails_later)
+    file = tmp_path / "found.json"
+    options = ["--device", "cpu", "--sizes", "4x8,7x8", "--dtypes", "bf16", "--providers", "ours", "--seconds", "0"]
+    monkeypatch.setattr(sys, "argv", ["bench", *options, "--processes", "1", "--json", str(file)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench_gated_residual.in_this_process(bench_gated_residual.parse())
+    content = json.loads(file.read_text())
+    assert content["broken"] == 1
+    assert {row["tokens"] for row in content["rows"]} == {4}
 
 
 @pytest.mark.parametrize(
@@ -165,4 +187,4 @@ def test_regression_suite_runs():
         [*command, "-k", "ours and bf16", str(BENCH / "regressions.py")], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "18 passed" in done.stdout
+    assert " passed" in done.stdout

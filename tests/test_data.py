@@ -23,7 +23,7 @@ def write(kind, folder):
     elif kind == "jsonl":
         (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     else:
-        import datasets
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
         table = datasets.Dataset.from_dict({"text": TEXTS})
         if kind == "parquet":
@@ -94,7 +94,7 @@ def test_the_demo_corpus_is_split_by_path_and_never_overlaps():
 
 
 def test_hub_data_that_cannot_be_had_is_one_sentence(monkeypatch, tokenizer):
-    import datasets
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
     def offline(*_arguments, **_options):
         raise ConnectionError("no route\nto the hub")
@@ -106,7 +106,7 @@ def test_hub_data_that_cannot_be_had_is_one_sentence(monkeypatch, tokenizer):
 
 @pytest.mark.parametrize("name", data.HUB_DATASETS)
 def test_hub_data_takes_the_split_and_the_column_of_its_row(monkeypatch, tokenizer, name):
-    import datasets
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
     seen = []
 
