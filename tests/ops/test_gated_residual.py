@@ -116,7 +116,7 @@ def test_gate_per_sequence(backend, arguments, check, mode):
     ("shape", "dtype"), [((3, 1201, 2999), torch.float32), ((2, 1201, 7001), torch.bfloat16)], ids=str
 )
 def test_results_beyond_the_cache(backend, device, arguments, shape, dtype):
-    """32 MiB and more: the CPU writes them past the cache, and by other stores where a row is out of step with 16 bytes."""
+    """32 MiB and more: the CPU writes past the cache, and by other stores where a row is out of step with 16 bytes."""
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter would take minutes")
     x, out, gate, mask, dy, c1, c2 = arguments(shape, dtype, masked=True)
