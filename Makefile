@@ -19,10 +19,10 @@ DEMO := build/demo
 checksum = $(firstword $(shell echo '$(1)' | cksum))
 PYTHON_STAMP := $(VENV)/.python-$(call checksum,$(PYTHON))
 PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
-PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-all bench lint format clean
+.PHONY: help setup demo test test-slow test-all fuzz bench lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -60,6 +60,16 @@ test: setup ## the tests without the slow ones
 # pytest exits with 5 when no test is marked slow.
 test-slow: setup ## the slow tests
 	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
+
+FUZZ_SOURCES := tests/fuzz/fuzz_header.cpp csrc/safetensors_header.cpp csrc/removal_plan.cpp
+SANITIZED := -std=c++20 -g -O1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
+
+build/fuzz_header: $(FUZZ_SOURCES) $(wildcard csrc/*.h)
+	@mkdir -p build
+	@$(CXX) $(SANITIZED) $(FUZZ_SOURCES) -o $@
+
+fuzz: build/fuzz_header ## 20,000 mutated safetensors headers against the parser and the planner, under sanitizers
+	@build/fuzz_header tests/fuzz/corpus $(or $(RUNS),20000) $(SEED)
 
 bench: setup ## the speed of the fused ops beside eager PyTorch, kept in .benchmarks (BENCH=--benchmark-compare)
 	@$(BIN)/pytest bench/regressions.py --benchmark-autosave --benchmark-group-by=group --benchmark-sort=name \

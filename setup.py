@@ -60,7 +60,7 @@ class PythonBuild(build_py):
 
 
 # The sources are named for sdist only: CMakeLists.txt says what is compiled.
-SOURCES = ["CMakeLists.txt", *sorted(glob.glob("csrc/*", root_dir=ROOT))]
+SOURCES = ["CMakeLists.txt", *sorted(glob.glob("csrc/**/*.*", root_dir=ROOT, recursive=True))]
 
 setup(
     packages=sorted({*find_packages(ROOT, include=["trsp_fast", "trsp_fast.*"]), "trsp_fast.kernels"}),

@@ -238,10 +238,11 @@ def _install_bypass(model: PreTrainedModel, stack: LayerStack, index: int) -> An
     reports_length = index in _length_layers(model, len(stack))
 
     def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if reports_length and kwargs.get("past_key_values") is not None:
+        cache = kwargs.get("past_key_values")
+        if reports_length and cache is not None and not getattr(cache, "bears_bypassed_layers", False):
             raise UserError(
                 f"layer {index} is bypassed and the KV cache reads its length there; "
-                "call the model with use_cache=False, or remove the layer with remove_layers."
+                "call the model with use_cache=False, give a SlabCache, or remove the layer with remove_layers."
             )
         return (hidden_states,) if as_tuple else hidden_states
 

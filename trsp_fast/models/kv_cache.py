@@ -1,0 +1,483 @@
+"""SlabCache: the KV cache of all layers in one allocation, so that it shrinks with the model.
+
+One slab holds a slot per layer, `[K, V]`; what a layer keeps are views of its slot. Taking layers out is bookkeeping,
+and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from trsp_fast.config import checked_layers
+from trsp_fast.errors import UserError
+from trsp_fast.ops.backends import LIBRARY
+
+
+class SlotShape(NamedTuple):
+    """Sizes of one layer's slot, in elements; `length` is in tokens."""
+
+    batch: int
+    heads: int
+    length: int
+    key_width: int
+    value_width: int
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.heads * self.length * (self.key_width + self.value_width)
+
+
+class SlabCache(Cache):
+    """A transformers cache of full-attention layers in one allocation; give it as `past_key_values`.
+
+    Memory is taken at the first update, when heads, widths, dtype and device are known. K and V of one layer have shape
+    (batch, heads, length, width). With `static=False` an update returns the filled part, with `static=True` the full
+    length, as `StaticCache` does, for torch.compile and CUDA graphs.
+
+    A layer that was bypassed holds nothing; lengths and masks are those of the longest layer, so bypassing layer 0 is
+    right here, while other caches take their length from layer 0.
+
+    Args:
+        config: the model's configuration.
+        max_len: tokens that each sequence may have.
+        max_batch: sequences (beams count each).
+        static: see above.
+
+    Raises:
+        UserError: the model's layers are not all of plain attention, or a size is not positive.
+    """
+
+    bears_bypassed_layers = True  # asked by the bypass of models/gates.py
+
+    def __init__(self, config: Any, *, max_len: int, max_batch: int = 1, static: bool = False) -> None:
+        self._begin(_layer_count(config, max_len), max_len, max_batch, static)
+
+    def _begin(self, layers: int, max_len: int, max_batch: int, static: bool) -> None:
+        for name, value in (("max_len", max_len), ("max_batch", max_batch)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a positive whole number, got {value!r}; give the largest you need.")
+        self.max_len, self.max_batch, self.static = max_len, max_batch, static
+        self.generation = 0
+        self._slab: Tensor | None = None
+        self._shape: SlotShape | None = None
+        self.layers: list[SlabLayer]
+        super().__init__(layers=[SlabLayer(self, slot) for slot in range(layers)])
+
+    # ---- what transformers asks of the whole cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens in the cache; for layer 0, which callers mean as "the" length, that of the longest layer."""
+        if layer_idx != 0:
+            return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        lengths = [layer.get_seq_length() for layer in self.layers]
+        if not self.static:
+            return max(lengths)
+        tensors = [length for length in lengths if isinstance(length, Tensor)]
+        return torch.stack(tensors).amax() if tensors else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return (self.max_len, 0) if self.static else (self.get_seq_length() + query_length, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every sequence; a negative number, as transformers counts them."""
+        super().crop(tokens_to_remove)
+
+    # ---- memory
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slab; 0 before the first update."""
+        return 0 if self._slab is None else self._slab.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each layer can hold, over all sequences."""
+        return self.max_batch * self.max_len
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the slab that belong to no layer: what `drop_layers` freed and `regrid` can use."""
+        if self._slab is None or self._shape is None:
+            return 0
+        return self._slab.nbytes - len(self.layers) * self._shape.elements * self._slab.element_size()
+
+    def longest(self, max_batch: int | None = None) -> int:
+        """The largest `max_len` that fits into the slab with this many sequences."""
+        if self._slab is None or self._shape is None:
+            raise UserError("the cache has no memory yet; run the model once, or choose max_len when it is made.")
+        per_token = len(self.layers) * (max_batch or self.max_batch) * self._shape.heads
+        return self._slab.numel() // (per_token * (self._shape.key_width + self._shape.value_width))
+
+    def allocate(self, shape: SlotShape, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the memory; called by the first layer that is updated."""
+        with torch.inference_mode(False):  # a slab made in that mode could not be written to outside of it
+            self._slab = torch.zeros(len(self.layers) * shape.elements, dtype=dtype, device=device)
+        self._shape = shape
+
+    def slot(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V of a slot, views (max_batch, heads, max_len, width) of the slab."""
+        assert self._slab is not None
+        assert self._shape is not None
+        with torch.inference_mode(False), torch.no_grad():
+            return _slot_views(self._slab, index, self._shape)
+
+    # ---- surgery
+
+    def drop_layers(self, layers: Iterable[int]) -> None:
+        """Take layers out: the rest move up in number, no byte moves. What they held is lost, their memory free.
+
+        Raises:
+            UserError: layers out of range or repeated, none, or all.
+        """
+        removed = checked_layers(layers, len(self.layers))
+        for index in removed:
+            self.layers[index].forget()
+        self.layers = [layer for index, layer in enumerate(self.layers) if index not in removed]
+        self.generation += 1
+
+    def compact(self) -> None:
+        """Move the layers that stay to the front of the slab, in place and with nothing beside it."""
+        slots = [layer.slot for layer in self.layers]
+        if slots == list(range(len(slots))):
+            return
+        if self._slab is not None and self._shape is not None:
+            torch.ops.trsp_fast.kv_compact_(self._slab, slots, list(self._shape), self._filled())
+        for index, layer in enumerate(self.layers):
+            layer.slot = index
+        self._rebind()
+
+    def regrid(self, *, max_len: int | None = None, max_batch: int | None = None) -> None:
+        """Give the sequences another largest length or number, in the same memory; what they hold stays.
+
+        Needs beside the slab one layer's filled part at the most.
+
+        Raises:
+            UserError: it does not fit, or the cache holds more than that.
+        """
+        length, batch = max_len or self.max_len, max_batch or self.max_batch
+        filled_batch, filled_length = self._filled()
+        if length < max(filled_length, 1) or batch < max(filled_batch, 1):
+            raise UserError(
+                f"the cache holds {filled_batch} sequences of {filled_length} tokens, more than the {batch} x {length} "
+                "asked for; crop it first or ask for more."
+            )
+        if self._slab is not None and self._shape is not None:
+            if length > self.longest(batch):
+                raise UserError(
+                    f"{batch} x {length} tokens do not fit into the cache's {self.nbytes:,} bytes with "
+                    f"{len(self.layers)} layers, at most {batch} x {self.longest(batch)} do; ask for less."
+                )
+            self.compact()
+            after = self._shape._replace(batch=batch, length=length)
+            per_token = self._shape.heads * (self._shape.key_width + self._shape.value_width)
+            scratch = self._slab.new_empty(filled_batch * filled_length * per_token)
+            torch.ops.trsp_fast.kv_regrid_(
+                self._slab, scratch, len(self.layers), list(self._shape), list(after), [filled_batch, filled_length]
+            )
+            self._shape = after
+        self.max_len, self.max_batch = length, batch
+        self._rebind()
+
+    def _filled(self) -> list[int]:
+        """Sequences and tokens that hold something."""
+        batch = max((layer.batch_size for layer in self.layers if layer.is_initialized), default=0)
+        length = int(self.get_seq_length())
+        return [batch if length else 0, length]
+
+    def _rebind(self) -> None:
+        self.generation += 1
+        for layer in self.layers:
+            layer.bind()
+
+    # ---- what others keep of it
+
+    def view(self, layer: int) -> "SlabView":
+        """K and V of a layer for as long as nothing moves; using it after a move raises."""
+        return SlabView(self, layer, self.generation)
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` (a captured graph's `replay`, say) that raises once the memory it was made for has moved."""
+        made = self.generation
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.check(made)
+            return function(*args, **kwargs)
+
+        return call
+
+    def check(self, generation: int) -> None:
+        """Raise RuntimeError if the cache was moved since it had this generation."""
+        if generation != self.generation:
+            raise RuntimeError(
+                f"the cache has moved since (generation {generation}, now {self.generation}); "
+                "capture the graph or take the view again."
+            )
+
+    # ---- other caches
+
+    @classmethod
+    def from_cache(
+        cls, cache: Cache, *, max_len: int | None = None, max_batch: int | None = None, static: bool = False
+    ) -> "SlabCache":
+        """A copy of a DynamicCache, StaticCache or SlabCache, by default with room for what it holds and no more.
+
+        Raises:
+            UserError: it has layers of another kind, or they hold different lengths.
+        """
+        for layer in cache.layers:
+            if type(layer) not in (DynamicLayer, StaticLayer, SlabLayer):
+                raise UserError(
+                    f"a cache with a {type(layer).__name__} cannot be one slab; give plain attention layers."
+                )
+        held = [layer for layer in cache.layers if layer.is_initialized and int(layer.get_seq_length())]
+        lengths = {int(layer.get_seq_length()) for layer in held}
+        if not held or len(lengths) > 1:
+            raise UserError(f"the cache's layers hold {sorted(lengths) or 'no'} tokens; give one with one length.")
+        (length,), batch = lengths, held[0].keys.shape[0]
+        slab = cls.__new__(cls)
+        slab._begin(len(cache.layers), max_len or length, max_batch or batch, static)
+        for index, layer in enumerate(cache.layers):
+            if layer.is_initialized and int(layer.get_seq_length()):
+                slab.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+        return slab
+
+    def to_cache(self) -> DynamicCache:
+        """A DynamicCache with copies of what this one holds."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.layers):
+            length = int(layer.get_seq_length())
+            if length:
+                cache.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+        return cache
+
+
+class SlabLayer(CacheLayerMixin):
+    """One layer's part of a SlabCache: `keys` and `values` are views of its slot for the sequences at hand."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = True
+
+    def __init__(self, cache: SlabCache, slot: int) -> None:
+        super().__init__()
+        self.cache: SlabCache | None = cache
+        self.slot = slot
+        self.keys: Any = None
+        self.values: Any = None
+        self.cumulative_length: Any = torch.tensor(0) if cache.static else 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.cache is not None and self.cache.static
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        cache = self._living()
+        batch, heads, _, key_width = key_states.shape
+        if batch > cache.max_batch:
+            raise UserError(
+                f"{batch} sequences do not fit into a cache for {cache.max_batch}; give max_batch or regrid it."
+            )
+        shape = SlotShape(cache.max_batch, heads, cache.max_len, key_width, value_states.shape[-1])
+        if cache._slab is None:
+            cache.allocate(shape, key_states.dtype, key_states.device)
+        assert cache._slab is not None
+        if shape != cache._shape or key_states.dtype != cache._slab.dtype or key_states.device != cache._slab.device:
+            raise UserError(
+                f"the layers' keys and values differ ({tuple(shape[i] for i in (1, 3, 4))}, {key_states.dtype}, "
+                f"{key_states.device} after others); such a model needs another cache."
+            )
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
+        if cache.static:
+            self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+        self.bind()
+
+    def bind(self) -> None:
+        """Point `keys` and `values` at the slot as it is now."""
+        if not self.is_initialized:
+            return
+        cache = self._living()
+        self.keys, self.values = (part[: self.batch_size] for part in cache.slot(self.slot))
+        if cache.static and not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise UserError("SlabCache keeps no gradients; run the model under torch.no_grad(), or without a cache.")
+        cache = self._living()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise UserError(
+                f"the cache holds {self.batch_size} sequences, got {key_states.shape[0]}; reset it or make a new one."
+            )
+        added = key_states.shape[-2]
+        with torch.no_grad():
+            if cache.static:
+                positions = torch.arange(added, device=self.device) + self.cumulative_length
+                self.cumulative_length.add_(added)
+                self.keys.index_copy_(2, positions, key_states)
+                self.values.index_copy_(2, positions, value_states)
+                return self.keys, self.values
+            begin, end = self.cumulative_length, self.cumulative_length + added
+            if end > cache.max_len:
+                raise UserError(
+                    f"the cache holds {cache.max_len} tokens and {end} are needed; regrid it (what dropped layers left "
+                    "is free) or give a larger max_len."
+                )
+            self.keys[:, :, begin:end] = key_states
+            self.values[:, :, begin:end] = value_states
+            self.cumulative_length = end
+            return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> Any:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self._living().max_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        cache = self._living()
+        return (cache.max_len, 0) if cache.static else (self.cumulative_length + query_length, 0)
+
+    def reset(self) -> None:
+        """Empty; the memory stays, and the next update may bring another number of sequences."""
+        self.is_initialized = False
+        self.keys = self.values = None
+        self.cumulative_length = torch.zeros_like(self.cumulative_length) if self._living().static else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}; -n forgets n tokens.")
+        if self.is_initialized and tokens_to_remove:
+            length = int(self.cumulative_length) + tokens_to_remove
+            if length < 0:
+                raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {length - tokens_to_remove}.")
+            self._set_length(length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(self.batch_size, device=indices.device)[indices] if self.is_initialized else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order, in place; beside the slab one layer's filled part is needed."""
+        if not self.is_initialized:
+            return
+        cache, length = self._living(), int(self.cumulative_length)
+        if len(rows) > cache.max_batch:
+            raise UserError(
+                f"{len(rows)} sequences do not fit into a cache for {cache.max_batch}; give max_batch or regrid it."
+            )
+        chosen = [part[:, :, :length].index_select(0, rows.to(part.device)) for part in (self.keys, self.values)]
+        self.batch_size = len(rows)
+        self.bind()
+        self.keys[:, :, :length], self.values[:, :, :length] = chosen
+
+    def forget(self) -> None:
+        """Let go of the slab: the layer was dropped."""
+        self.cache = self.keys = self.values = None
+        self.is_initialized = False
+
+    def _set_length(self, length: int) -> None:
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.fill_(length)
+        else:
+            self.cumulative_length = length
+
+    def _living(self) -> SlabCache:
+        if self.cache is None:
+            raise RuntimeError("this layer was dropped from its cache; use the layers of the cache as they are now.")
+        return self.cache
+
+
+class SlabView:
+    """K and V of one layer, (batch, heads, tokens, width), until the cache moves."""
+
+    def __init__(self, cache: SlabCache, layer: int, generation: int) -> None:
+        self._cache, self._layer, self._generation = cache, layer, generation
+
+    def _part(self, name: str) -> Tensor:
+        self._cache.check(self._generation)
+        layer = self._cache.layers[self._layer]
+        if not layer.is_initialized:
+            raise RuntimeError(f"layer {self._layer} of the cache holds nothing yet.")
+        return getattr(layer, name)[:, :, : int(layer.get_seq_length())]
+
+    @property
+    def keys(self) -> Tensor:
+        return self._part("keys")
+
+    @property
+    def values(self) -> Tensor:
+        return self._part("values")
+
+
+def _layer_count(config: Any, max_len: int) -> int:
+    """How many layers the cache of such a model has; refuses those that keep something else than all K and V."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError("an encoder-decoder has two caches; SlabCache is for decoder-only models.")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UserError("layers that share keys and values cannot be one slot each; use DynamicCache for this model.")
+    kinds = set(getattr(text, "layer_types", None) or [])
+    if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
+        raise UserError(f"layers of type {other[0]} keep a state that is no K and V; use DynamicCache for this model.")
+    return text.num_hidden_layers
+
+
+# ---- the moves: C++ on the CPU, a CUDA kernel where one was built, these copies elsewhere
+
+LIBRARY.define("kv_compact_(Tensor(a!) slab, int[] slots, int[] sizes, int[] filled) -> ()")
+LIBRARY.define(
+    "kv_regrid_(Tensor(a!) slab, Tensor(b!) scratch, int count, int[] before, int[] after, int[] filled) -> ()"
+)
+
+
+def _slot_views(slab: Tensor, index: int, shape: SlotShape) -> tuple[Tensor, Tensor]:
+    begin, rows = index * shape.elements, shape.batch * shape.heads
+    sizes = [rows * shape.length * width for width in (shape.key_width, shape.value_width)]
+    keys, values = slab.narrow(0, begin, sizes[0]), slab.narrow(0, begin + sizes[0], sizes[1])
+    return (
+        keys.view(shape.batch, shape.heads, shape.length, shape.key_width),
+        values.view(shape.batch, shape.heads, shape.length, shape.value_width),
+    )
+
+
+def _copy_filled(to: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor], filled: list[int]) -> None:
+    batch, length = filled
+    for target, origin in zip(to, source, strict=True):
+        target[:batch, :, :length].copy_(origin[:batch, :, :length])
+
+
+def _compact(slab: Tensor, slots: list[int], sizes: list[int], filled: list[int]) -> None:
+    shape = SlotShape(*sizes)
+    for index, slot in enumerate(slots):
+        if slot != index:
+            _copy_filled(_slot_views(slab, index, shape), _slot_views(slab, slot, shape), filled)
+
+
+def _regrid(slab: Tensor, scratch: Tensor, count: int, before: list[int], after: list[int], filled: list[int]) -> None:
+    old, new = SlotShape(*before), SlotShape(*after)
+    tight = _slot_views(scratch, 0, old._replace(batch=filled[0], length=filled[1]))
+    # Growing slots last first, shrinking ones first first: none is overwritten before it is read.
+    order = range(count) if new.elements < old.elements else reversed(range(count))
+    for index in order:
+        _copy_filled(tight, _slot_views(slab, index, old), filled)
+        _copy_filled(_slot_views(slab, index, new), tight, filled)
+
+
+LIBRARY.impl("kv_compact_", _compact, "CompositeExplicitAutograd")
+LIBRARY.impl("kv_regrid_", _regrid, "CompositeExplicitAutograd")
+torch.library.register_fake("trsp_fast::kv_compact_", lambda *_: None, lib=LIBRARY)
+torch.library.register_fake("trsp_fast::kv_regrid_", lambda *_: None, lib=LIBRARY)
