@@ -61,15 +61,17 @@ test: setup ## the tests without the slow ones
 test-slow: setup ## the slow tests
 	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
 
-FUZZ_SOURCES := tests/fuzz/fuzz_header.cpp csrc/safetensors_header.cpp csrc/removal_plan.cpp
 SANITIZED := -std=c++20 -g -O1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
 
-build/fuzz_header: $(FUZZ_SOURCES) $(wildcard csrc/*.h)
+build/fuzz_header: tests/fuzz/fuzz_header.cpp csrc/safetensors_header.cpp csrc/removal_plan.cpp
+build/check_kv_moves: tests/fuzz/check_kv_moves.cpp
+build/fuzz_header build/check_kv_moves: $(wildcard csrc/*.h)
 	@mkdir -p build
-	@$(CXX) $(SANITIZED) $(FUZZ_SOURCES) -o $@
+	@$(CXX) $(SANITIZED) $(filter %.cpp,$^) -o $@
 
-fuzz: build/fuzz_header ## 20,000 mutated safetensors headers against the parser and the planner, under sanitizers
-	@build/fuzz_header tests/fuzz/corpus $(or $(RUNS),20000) $(SEED)
+fuzz: build/fuzz_header build/check_kv_moves ## the header parser, the planner and the cache's moves under sanitizers (RUNS=, SEED=)
+	@build/fuzz_header tests/fuzz/corpus $(or $(RUNS),20000) $(or $(SEED),0)
+	@build/check_kv_moves $(or $(RUNS),20000) $(or $(SEED),0)
 
 bench: setup ## the speed of the fused ops beside eager PyTorch, kept in .benchmarks (BENCH=--benchmark-compare)
 	@$(BIN)/pytest bench/regressions.py --benchmark-autosave --benchmark-group-by=group --benchmark-sort=name \

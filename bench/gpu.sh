@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep]; all parts by default.
+# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv]; all parts by default.
 #
 # Runs with the interpreter at hand (PYTHON=python3), without network or virtual environment, and builds the extension
 # first. Each part ends within 8 minutes by itself and says what it left out. Results go to $OUT (bench/results).
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(tests kernels sweep)
+ALL=(tests kernels sweep kv)
 LIMIT=470
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
@@ -17,7 +17,13 @@ install() {
 }
 
 build() {
+    if [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null; then
+        export CUDA_HOME
+        CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+    fi
     install && return
+    echo "gpu.sh: no build with the CUDA kernel (messages above); trying without it" >&2
+    TRSP_FAST_CUDA=0 install && return
     echo "gpu.sh: no extension could be built (messages above); going on without it, the CPU kernels are not tested" >&2
     TRSP_FAST_NO_EXTENSIONS=1 install && return
     echo "gpu.sh: nor can the package be installed; using the source tree" >&2
@@ -34,9 +40,9 @@ print(re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower().replace("n
 part_tests() {
     local log="$OUT/tests_$gpu.log" status=0
     local pytest=("$PYTHON" -P -m pytest -q -ra -p no:cacheprovider)
-    timeout $LIMIT "${pytest[@]}" tests/ops > "$log" 2>&1 || status=$?
+    timeout $LIMIT "${pytest[@]}" tests/ops tests/models/test_kv_cache.py > "$log" 2>&1 || status=$?
     if [ $status -ne 124 ] && [ $((LIMIT - SECONDS)) -gt 20 ]; then
-        timeout $((LIMIT - SECONDS)) "${pytest[@]}" tests --ignore tests/ops -m "not slow" >> "$log" 2>&1 || status=$?
+        timeout $((LIMIT - SECONDS)) "${pytest[@]}" tests --ignore tests/ops --ignore tests/models/test_kv_cache.py -m "not slow" >> "$log" 2>&1 || status=$?
     fi
     grep -E "^(FAILED|ERROR|SKIPPED)|passed|failed" "$log"
     [ $status -eq 124 ] && echo "tests: stopped after $LIMIT s, what came later was not run"
@@ -51,6 +57,10 @@ part_kernels() {
 part_sweep() {
     timeout $LIMIT "$PYTHON" bench/sweep_kernels.py --seconds 0.5 --json "$OUT/sweep_kernels_$gpu.json" ||
         { status=$?; [ $status -eq 124 ] && echo "sweep: stopped after $LIMIT s; what was measured is in the file"; return $status; }
+}
+
+part_kv() {
+    timeout $LIMIT "$PYTHON" bench/bench_kv_cache.py --device cuda --json "$OUT/kv_cache_$gpu.json"
 }
 
 parts=("$@")

@@ -1,4 +1,4 @@
-"""Writes the README's performance table from bench/results/kernels_*.json; --check says whether it is in step.
+"""Writes the README's tables of measured figures from bench/results/*.json; --check says whether they are in step.
 
 python bench/readme_table.py [--check]
 """
@@ -7,11 +7,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- performance: begin, written by bench/readme_table.py -->", "<!-- performance: end -->"
+BEGIN, END = "<!-- {}: begin, written by bench/readme_table.py -->", "<!-- {}: end -->"
 # The size that stands for a machine, the first one that its file has.
 SIZES = ((16384, 4096), (2048, 4096))
 DTYPES = ("bf16", "fp32")
@@ -23,17 +24,58 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, end with status 1 where README differs")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"README.md has no lines '{BEGIN}' and '{END}' to write between.")
-    written = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    text = written = readme.read_text()
+    for name, section in SECTIONS.items():
+        written = replaced(written, name, section())
     if written == text:
         return
     if arguments.check:
-        sys.exit("README.md's performance table is not that of bench/results: run python bench/readme_table.py.")
+        sys.exit("README.md's tables are not those of bench/results: run python bench/readme_table.py.")
     readme.write_text(written)
+
+
+def replaced(text: str, name: str, section: str) -> str:
+    """The text with this section between the two comments that carry its name."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        sys.exit(f"README.md has no lines '{begin}' and '{end}' to write between.")
+    return f"{before}{begin}\n{section}\n{end}{after}"
+
+
+def surgery() -> str:
+    """Removal on disk beside cp and beside loading and saving, one line per file system."""
+    lines = [
+        "| file system | bytes that stay | shared | copied | ours | `cp` + `sync` | load + save with transformers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("surgery_*.json")):
+        content = json.loads(file.read_text())
+        seconds = {row["arm"]: median(row["seconds"]) for row in content["rows"]}
+        ours = seconds["on disk"]
+        others = [f"{seconds[arm]:.2f} s ({seconds[arm] / ours:.1f}x)" for arm in ("cp + sync", "load + save")]
+        amounts = [f"{content[name] / 1e9:.2f} GB" for name in ("kept_bytes", "shared_bytes", "copied_bytes")]
+        kind = file.stem.removeprefix("surgery_")
+        lines.append("| " + " | ".join([kind, *amounts, f"{ours:.3g} s", *others]) + " |")
+    return "\n".join(lines)
+
+
+def kv_cache() -> str:
+    """The moves of a cache beside a copy of as many bytes and beside building a smaller cache."""
+    lines = [
+        "| machine | tokens held of those that fit | move | time | GB/s | of a copy | building a smaller cache takes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("kv_cache_*.json")):
+        content = json.loads(file.read_text())
+        for row in content["rows"]:
+            if row["step"] in ("compact", "regrid"):
+                held = f"{row['filled']} of {content['tokens']}"
+                cells = [content["machine"]["device"], held, f"`{row['step']}`", f"{row['median_ms']:.3g} ms"]
+                cells += [f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['rebuild_over_ours']:.1f}x"]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def tables() -> str:
@@ -84,6 +126,8 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
     cells = [label, dtype, which, *times, f"{ours['median_ms']:.3g} ms", *ratios]
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 
+
+SECTIONS = {"performance": tables, "surgery": surgery, "kv cache": kv_cache}
 
 if __name__ == "__main__":
     main()

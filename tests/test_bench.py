@@ -188,3 +188,22 @@ def test_regression_suite_runs():
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def test_the_cache_bench_checks_and_measures(tmp_path):
+    file = tmp_path / "kv.json"
+    done = run("bench_kv_cache.py", "--device", "cpu", "--layers", 4, "--tokens", 16, "--seconds", 0, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["filled"], row["step"]): row for row in json.loads(file.read_text())["rows"]}
+    assert {filled for filled, _ in rows} == {8, 16}
+    assert all(rows[16, step]["gb_per_s"] > 0 for step in ("compact", "regrid", "rebuild", "copy"))
+
+
+@pytest.mark.slow
+def test_the_surgery_bench_checks_and_measures(tmp_path):
+    file = tmp_path / "surgery.json"
+    done = run("bench_surgery.py", "--gigabytes", 0.2, "--rounds", 1, "--folder", tmp_path, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["arm"]: row["seconds"] for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {"on disk", "cp + sync", "load + save"}
+    assert all(seconds > 0 for values in rows.values() for seconds in values)

@@ -27,6 +27,14 @@ def test_prune_local_model(stories_folder, stories_text, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_shrink_while_generating(tmp_path):
+    result = example("shrink_while_generating.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "the cache holds 48 in" in result.stdout
+    assert "bytes hold 64 tokens now" in result.stdout
+    assert "identical to never having cut: True" in result.stdout
+
+
 @pytest.mark.slow
 def test_the_demo_prunes_3_of_12_layers_and_loads(tmp_path):
     command = [sys.executable, "-m", "trsp_fast", "demo", "--out", "out"]

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from trsp_fast.config import TRSPConfig as TRSPConfig
     from trsp_fast.errors import CheckFailed as CheckFailed
     from trsp_fast.errors import UserError as UserError
+    from trsp_fast.models.disk_removal import remove_layers_on_disk as remove_layers_on_disk
     from trsp_fast.models.gates import LayerGates as LayerGates
     from trsp_fast.models.gates import bypassed as bypassed
+    from trsp_fast.models.kv_cache import SlabCache as SlabCache
     from trsp_fast.models.removal import remove_layers as remove_layers
     from trsp_fast.models.verify import verify_removal as verify_removal
     from trsp_fast.ops import gated_residual as gated_residual
@@ -26,6 +28,7 @@ _HOMES = {
     "CheckFailed": "trsp_fast.errors",
     "LayerGates": "trsp_fast.models.gates",
     "PruneResult": "trsp_fast.pruner",
+    "SlabCache": "trsp_fast.models.kv_cache",
     "TRSPConfig": "trsp_fast.config",
     "UserError": "trsp_fast.errors",
     "bypassed": "trsp_fast.models.gates",
@@ -33,6 +36,7 @@ _HOMES = {
     "perplexity": "trsp_fast.report.perplexity",
     "prune": "trsp_fast.pruner",
     "remove_layers": "trsp_fast.models.removal",
+    "remove_layers_on_disk": "trsp_fast.models.disk_removal",
     "residual_norms": "trsp_fast.ops",
     "select_layers": "trsp_fast.select",
     "transfer": "trsp_fast.transfer",

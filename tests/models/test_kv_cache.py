@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from trsp_fast.errors import UserError
+from trsp_fast.models import kv_cache
 from trsp_fast.models.gates import bypassed
-from trsp_fast.models.kv_cache import SlabCache
+from trsp_fast.models.kv_cache import SlabCache, SlotShape
 from trsp_fast.models.removal import remove_layers
 
 OPS = torch.ops.trsp_fast
@@ -282,7 +283,6 @@ class implementation_of:  # noqa: N801 - reads as a function
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
         if self.name == "copies":
-            from trsp_fast.models import kv_cache
 
             class Ops:
                 kv_compact_ = staticmethod(kv_cache._compact)
@@ -494,3 +494,51 @@ def test_moves_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (3, 5), (1, 2)], ids=str)
+def test_moves_on_a_gpu_equal_those_on_the_cpu(dtype, widths):
+    """By the CUDA kernel where one was built, by copies elsewhere; 16, 4 and 2 bytes at a time."""
+    shape, after = [2, 3, 50, *widths], [2, 3, 63, *widths]
+    slab = torch.randn(4 * 2 * 3 * 63 * sum(widths)).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = slab.clone().to(device)
+        OPS.kv_compact_(moved, [0, 2, 3], shape, [2, 41])
+        OPS.kv_regrid_(moved, torch.empty_like(moved), 3, shape, after, [2, 41])
+        cache = [part[:, :, :41] for slot in range(3) for part in kv_cache._slot_views(moved, slot, SlotShape(*after))]
+        results.append([part.cpu() for part in cache])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+
+
+@needs_gpu
+def test_a_captured_step_replays_until_the_cache_moves():
+    model = tiny_llama().cuda()
+    cache = SlabCache(model.config, max_len=32, static=True)
+    plain = DynamicCache(config=model.config)
+    for each in (cache, plain):
+        model(PROMPT.cuda(), past_key_values=each)
+    token = torch.tensor([[5]], device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        model(token, past_key_values=cache)
+        cache.crop(-1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            logits = model(token, past_key_values=cache).logits
+    torch.cuda.synchronize()
+    replay = cache.guarded(graph.replay)
+    for value in (5, 6, 7):
+        token.fill_(value)
+        replay()
+        want = model(token.clone(), past_key_values=plain).logits
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-3)
+    cache.drop_layers([1])
+    with pytest.raises(RuntimeError, match="has moved since"):
+        replay()
