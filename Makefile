@@ -22,7 +22,7 @@ PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
 PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-all fuzz bench lint format clean
+.PHONY: help setup demo test test-slow test-all families fuzz bench lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -60,6 +60,11 @@ test: setup ## the tests without the slow ones
 # pytest exits with 5 when no test is marked slow.
 test-slow: setup ## the slow tests
 	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
+
+families: setup ## prove every family and write docs/families.md from it
+	@mkdir -p docs
+	@TRSP_FAST_FAMILIES=docs/families.md $(BIN)/pytest -q tests/models/test_families.py --deselect \
+		tests/models/test_families.py::test_the_table_of_families_is_in_step
 
 SANITIZED := -std=c++20 -g -O1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
 

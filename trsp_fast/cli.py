@@ -145,6 +145,43 @@ def select(
 
 
 @app.command()
+def plan(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name, or demo.", callback=_resolved)
+    ],
+    layers: Layers = None,
+    settings: Settings = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Say which layers can be taken out and why others cannot; with --layers, whether these can go together."""
+    from trsp_fast.config import TRSPConfig, checked_layers, merge, parse_setting
+    from trsp_fast.models.disk_removal import read_config
+    from trsp_fast.models.families import check_set, fixed_layers, layer_count, sliced_tensors, text_fields
+
+    values = read_config(_on_disk(checkpoint, revision, only="config.json"))
+    _, count = layer_count(text_fields(values))
+    select = TRSPConfig.from_dict(merge({"ratio": 0.5}, *(parse_setting(text) for text in settings or []))).select
+    protected = [*range(select.protect_first), *range(count - select.protect_last, count)]
+    kept = dict.fromkeys(protected, "protected by the settings.") | fixed_layers(values)
+    removed = checked_layers(_layer_list(layers), count) if layers else []
+    if removed:
+        check_set(values, removed)
+    where = "in memory, because tensors hold a piece per layer" if sliced_tensors(values) else "on disk or in memory"
+    answer = {
+        "layers": count,
+        "removable": [i for i in range(count) if i not in kept],
+        "kept": kept,
+        "removed": removed,
+    }
+    lines = [f"{count - len(kept)} of {count} layers can be taken out one by one, {where}"]
+    lines += [f"layer {layer} stays: {reason}" for layer, reason in sorted(kept.items())]
+    if removed:
+        lines.append(f"layers {', '.join(map(str, removed))} can go together, {count - len(removed)} stay")
+    _print(answer, as_json, "\n".join(lines))
+
+
+@app.command()
 def remove(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name, or demo.", callback=_resolved)
@@ -155,11 +192,15 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove layers from a checkpoint on disk: nothing is loaded and, where the file system can, nothing copied."""
-    from trsp_fast.models.disk_removal import remove_layers_on_disk
+    from trsp_fast.models.disk_removal import read_config, remove_layers_on_disk
+    from trsp_fast.models.families import sliced_tensors
 
-    removed = _layer_list(layers)
+    removed, folder = _layer_list(layers), _on_disk(checkpoint, revision)
+    if sliced_tensors(read_config(folder)):
+        _remove_in_memory(folder, removed, out, as_json)
+        return
     with _byte_bar("removing layers", as_json) as progress:
-        done = remove_layers_on_disk(_on_disk(checkpoint, revision), removed, out, progress=progress)
+        done = remove_layers_on_disk(folder, removed, out, progress=progress)
     rate = (done.shared + done.copied) / max(done.seconds, 1e-9) / 1e6
     text = (
         f"{out}: {len(done.removed)} layers removed, {done.layers} left; {done.shared:,} bytes shared, "
@@ -169,6 +210,32 @@ def remove(
         text += f"\nleft out, other forms of the weights or hidden: {', '.join(done.left_out)}"
     answer = dataclasses.asdict(done) | {"out": str(out), "removed_layers": done.removed}
     _print(answer, as_json, text)
+
+
+def _remove_in_memory(folder: str, removed: list[int], out: Path, as_json: bool) -> None:
+    """The way of families whose tensors must be cut too: load, rebuild, prove, save."""
+    from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
+    from trsp_fast.models.removal import remove_layers
+    from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
+    from trsp_fast.run.state import staged_output
+
+    _quiet_transformers()
+    _say("note: tensors of this model hold a piece per layer, so it is loaded and cut in memory.", as_json)
+    with staged_output(out) as stage:
+        model = load_model(folder, device="cpu")
+        try:
+            tokenizer = load_tokenizer(folder)
+        except UserError as error:
+            tokenizer = None
+            _say(f"note: {error}", as_json)
+        small = remove_layers(model, removed)
+        checks = verify_removal(model, small, removed)
+        save_checkpoint(small, stage, tokenizer)
+        checks += verify_checkpoint(small, stage)[0]
+        require(checks)
+        size = checkpoint_bytes(stage)
+    answer = {"out": str(out), "removed_layers": sorted(removed), "bytes": size, "checks": _plain(checks)}
+    _print(answer, as_json, f"{out}: {len(removed)} layers removed in memory, {size:,} bytes of weights, proven")
 
 
 @app.command()
@@ -371,14 +438,14 @@ def _layer_list(text: str | None) -> list[int]:
         raise UserError(f"layers are {text!r}; give whole numbers with commas, for example 3,6,9.") from None
 
 
-def _on_disk(checkpoint: str, revision: str | None) -> str:
-    """The checkpoint's folder; one of the hub is fetched into the hub's cache first."""
+def _on_disk(checkpoint: str, revision: str | None, only: str | None = None) -> str:
+    """The checkpoint's folder; one of the hub, or `only` a file of it, is fetched into the hub's cache first."""
     if Path(checkpoint).is_dir():
         return checkpoint
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(checkpoint, revision=revision)
+        return huggingface_hub.snapshot_download(checkpoint, revision=revision, allow_patterns=only)
     except Exception as error:  # the hub raises dozens of kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(

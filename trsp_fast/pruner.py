@@ -17,7 +17,7 @@ from trsp_fast.data import check_vocabulary
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
-from trsp_fast.models.families import layer_stack
+from trsp_fast.models.families import check_set, layer_stack
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
@@ -116,6 +116,8 @@ class _Run:
         self.tokens, self.evaluation = tokens, evaluation
         self.layers_before = len(layer_stack(model))
         config.layer_count(self.layers_before)
+        if config.layers:
+            check_set(model.config.to_dict(), list(config.layers))
         _check_tokens(tokens, model)
         check_finite(model)
         bound = config.quality.max_perplexity_ratio

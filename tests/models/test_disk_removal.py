@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, build
 from transformers import AutoModelForCausalLM
+from zoo import CORE, build
 
 from trsp_fast.errors import UserError
 from trsp_fast.models import disk_removal
@@ -56,7 +56,7 @@ def checkpoint(folder, *, layers=3, elements=1000, dtype=np.float32, **config):
 
 @pytest.mark.parametrize("shards", [None, "40KB"], ids=["single", "sharded"])
 @pytest.mark.parametrize("removed", [[0], [1, 4, 6], [7]], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_equals_removal_in_memory(family, removed, shards, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path / "src", **({"max_shard_size": shards} if shards else {}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, GATED_MLP, build, tiny_llama
+from tiny import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -17,6 +17,7 @@ from transformers import (
     StaticCache,
     T5Config,
 )
+from zoo import CORE, GATED_MLP, build
 
 from trsp_fast.errors import UserError
 from trsp_fast.models import kv_cache
@@ -34,7 +35,8 @@ LATENT = DeepseekV3Config(
     q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, first_k_dense_replace=2,
     max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
-MODELS = {**FAMILIES, "multi-query": MULTI_QUERY, "latent": LATENT}
+EXTRA = {"multi-query": MULTI_QUERY, "latent": LATENT}
+MODELS = [*CORE, *EXTRA]
 PROMPT = torch.arange(3, 12)[None]
 
 
@@ -45,10 +47,10 @@ def without_gradients():
 
 
 def model_of(name):
-    if name in FAMILIES:
+    if name not in EXTRA:
         return build(name)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    return AutoModelForCausalLM.from_config(EXTRA[name]).eval()
 
 
 def padded_batch():

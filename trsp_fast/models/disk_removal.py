@@ -18,7 +18,7 @@ from typing import Any
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal_fields, layer_count, slice_config, text_fields
+from trsp_fast.models.families import check_causal_fields, layer_count, slice_config, sliced_tensors, text_fields
 from trsp_fast.run.state import staged_output, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -83,18 +83,23 @@ def remove_layers_on_disk(
     folder = _folder(src)
     if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"output {str(dst)!r} lies inside the checkpoint {str(src)!r}; give a folder outside it.")
-    config = _read_json(folder, "config.json")
-    check_causal_fields(config)
+    config = read_config(folder)
     _, count = layer_count(text_fields(config))
     removed = checked_layers(layers, count)
     kept = [layer for layer in range(count) if layer not in removed]
+    sliced = slice_config(config, kept)
+    if tensors := sliced_tensors(config):
+        raise UserError(
+            f"{tensors[0][0]} holds a piece of every layer, so this model cannot be cut on disk; use remove_layers in "
+            "memory (trsp-fast remove does it by itself)."
+        )
     with _weight_files(folder) as files, _errors_of_disk(src):
         path = _layer_path([tensor[0] for file in files for tensor in file.tensors], count, "text_config" in config)
         names = _new_names(files, path, kept)
         with staged_output(dst) as stage:
             weights, moved = _move_weights(files, names, stage, progress)
             left_out = _bring_along(folder, stage, {file.name for file in files})
-            write_json(stage / "config.json", slice_config(config, kept))
+            write_json(stage / "config.json", sliced)
             size = sum((stage / name).stat().st_size for name in weights)
     return DiskRemoval(
         out=Path(dst),
@@ -146,6 +151,17 @@ def _plain(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file; give a checkpoint made of plain files.")
     return real
+
+
+def read_config(src: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder, known to be of a model whose layers can be taken out.
+
+    Raises:
+        UserError: it is missing, broken or of another kind of model.
+    """
+    config = _read_json(_folder(src), "config.json")
+    check_causal_fields(config)
+    return config
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

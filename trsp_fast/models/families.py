@@ -4,6 +4,7 @@
 """
 
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,30 @@ NOT_PER_LAYER = frozenset(
     {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "bad_words_ids", "suppress_tokens", "id2label"}
 )
 
-# Families in which layers share tensors or must keep a period: cutting them needs more than a rename.
-UNSUPPORTED = {
-    "gemma3n": "its per-layer embeddings are one tensor that must be sliced with the layers",
-    "gemma3n_text": "its per-layer embeddings are one tensor that must be sliced with the layers",
-    "gemma4": "its per-layer embeddings and shared key-value layers must be cut with the layers",
-    "gemma4_text": "its per-layer embeddings and shared key-value layers must be cut with the layers",
-    "jamba": "its attention layers follow a fixed period that a cut breaks",
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about a model type beyond its configuration's fields; most types need no record.
+
+    sliced_tensors: (end of the name, dimension) of tensors that hold one piece per layer along that dimension.
+    last_type: the layer type that transformers forces on the last layer when it loads the configuration.
+    refused: why layers cannot be taken out, where that is so.
+    """
+
+    sliced_tensors: tuple[tuple[str, int], ...] = ()
+    last_type: str | None = None
+    refused: str | None = None
+
+
+_PER_LAYER_EMBEDDINGS = (("embed_tokens_per_layer.weight", 1), ("per_layer_model_projection.weight", 0))
+
+# model_type -> what is special. Fields of configurations that depend on layer numbers are in _FIELDS below.
+FAMILIES = {
+    "gemma3n_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS),
+    "gemma4_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS, last_type="full_attention"),
+    "rwkv": Family(refused="its first layer is unlike the others and its state is kept in a form of its own"),
+    "zamba": Family(refused="its attention layers share one block, so a layer is not its own"),
+    "zamba2": Family(refused="its attention layers share one block, so a layer is not its own"),
 }
 
 
@@ -98,8 +116,8 @@ def check_causal_fields(config: dict[str, Any]) -> None:
         )
     if not str(name).endswith(_CAUSAL_ENDINGS) or (kind in _BIDIRECTIONAL and not config.get("is_decoder")):
         raise UserError(f"{name} is not a causal language model; trsp_fast prunes decoder-only ones, give one.")
-    if kind in UNSUPPORTED:
-        raise UserError(f"{kind} is not supported: {UNSUPPORTED[kind]}; choose a model of another family.")
+    if refused := family(config).refused:
+        raise UserError(f"{kind} is not supported: {refused}; choose a model of another family.")
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(
             f"{name} scales attention by the layer's own index, which a cut changes; choose a model without "
@@ -133,11 +151,24 @@ def text_fields(config: dict[str, Any]) -> dict[str, Any]:
     return text if isinstance(text, dict) else config
 
 
+def family(config: dict[str, Any]) -> Family:
+    """The record of a config.json's dict, an empty one for families without special cases."""
+    return FAMILIES.get(str(text_fields(config).get("model_type")), Family())
+
+
+def sliced_tensors(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The tensors that must themselves be cut with the layers: (end of the name, dimension)."""
+    return family(config).sliced_tensors if text_fields(config).get("hidden_size_per_layer_input") else ()
+
+
 def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """The configuration of the model that keeps only the layers `kept` (ascending), from a config.json's dict.
 
-    Every top-level list with one entry per layer is sliced (`layer_types`, `no_rope_layers`, ...); what counts layers
-    from the bottom or the top (`first_k_dense_replace`) is recounted.
+    Every top-level list with one entry per layer is sliced (`layer_types`, `no_rope_layers`, ...); fields that name or
+    count layers are rewritten so that each layer stays what it was.
+
+    Raises:
+        UserError: the configuration cannot say that of these layers; with the reason.
     """
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": slice_config(config["text_config"], kept)}
@@ -145,13 +176,104 @@ def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     sliced = dict(config)
     sliced[name] = len(kept)
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == count and key not in NOT_PER_LAYER:
+        if isinstance(value, list) and len(value) == count and key not in (*NOT_PER_LAYER, *_FIELDS):
             sliced[key] = [value[layer] for layer in kept]
-    if isinstance(config.get("first_k_dense_replace"), int):
-        sliced["first_k_dense_replace"] = sum(layer < config["first_k_dense_replace"] for layer in kept)
-    for key in ("num_kv_shared_layers", "per_layer_config"):
+    for key, rewrite in _FIELDS.items():
         if config.get(key):
-            raise UserError(
-                f"the configuration has {key} = {config[key]}; such models are not supported, choose another."
-            )
+            sliced |= rewrite(config, key, kept, count)
+    forced, types = family(config).last_type, sliced.get("layer_types")
+    if forced and types and types[-1] != forced:
+        raise UserError(
+            f"layer {kept[-1]} would be the last, of type {types[-1]}, and transformers makes the last one {forced}; "
+            f"keep layer {count - 1}."
+        )
     return sliced
+
+
+def fixed_layers(config: dict[str, Any]) -> dict[int, str]:
+    """The layers that cannot be taken out by themselves, each with the reason."""
+    _, count = layer_count(text_fields(config))
+    reasons = {}
+    for layer in range(count):
+        try:
+            slice_config(config, [other for other in range(count) if other != layer])
+        except UserError as error:
+            reasons[layer] = str(error)
+    return reasons
+
+
+def check_set(config: dict[str, Any], removed: list[int]) -> None:
+    """Refuse a set of layers that the configuration cannot lose together.
+
+    Raises:
+        UserError: with the reason.
+    """
+    _, count = layer_count(text_fields(config))
+    slice_config(config, [layer for layer in range(count) if layer not in removed])
+
+
+# ---- fields that depend on layer numbers: (configuration, field, kept layers, layers before) -> what changes
+
+
+def _count_below(config: dict[str, Any], key: str, kept: list[int], _: int) -> dict[str, Any]:
+    """The first so many layers are different: count those of them that stay."""
+    return {key: sum(layer < config[key] for layer in kept)}
+
+
+def _renumber(config: dict[str, Any], key: str, kept: list[int], _: int) -> dict[str, Any]:
+    """A list of layer numbers."""
+    return {key: [kept.index(layer) for layer in config[key] if layer in kept]}
+
+
+def _repeat(config: dict[str, Any], key: str, kept: list[int], count: int) -> dict[str, Any]:
+    """A list that is repeated until all layers have an entry: write it out."""
+    whole = (list(config[key]) * count)[:count]
+    return {key: [whole[layer] for layer in kept]}
+
+
+def _sparse_step(config: dict[str, Any], key: str, kept: list[int], _: int) -> dict[str, Any]:
+    """Every so many layers have experts, unless listed: list all that have none."""
+    without = config.get("mlp_only_layers") or []
+    if config[key] == 1 and not without:
+        return {}
+    dense = [new for new, old in enumerate(kept) if old in without or (old + 1) % config[key]]
+    return {key: 1, "mlp_only_layers": dense}
+
+
+def _period(config: dict[str, Any], key: str, kept: list[int], _: int) -> dict[str, Any]:
+    """Layers of one kind stand at an offset in a period: find a period and an offset that say so of those that stay."""
+    offset_key = key.replace("_period", "_offset")
+    wanted = [layer % config[key] == config[offset_key] for layer in kept]
+    # The old period first; beyond the number of layers stands for none of that kind.
+    for period in (config[key], *range(1, len(kept) + 2)):
+        for offset in range(period):
+            if [layer % period == offset for layer in range(len(kept))] == wanted:
+                return {key: period, offset_key: offset}
+    kind = key.removesuffix("_period").replace("_", " ")
+    raise UserError(
+        f"without these layers the {kind}s would follow no fixed period any more, and {config.get('model_type')} can "
+        f"say nothing else; remove whole periods of {config[key]} layers."
+    )
+
+
+def _shared_kv(config: dict[str, Any], key: str, kept: list[int], count: int) -> dict[str, Any]:
+    """The last so many layers use the keys and values of the last layer of their type before them."""
+    first, types = count - config[key], config["layer_types"]
+    for kind in set(types[first:]):
+        producer = max((layer for layer in range(first) if types[layer] == kind), default=None)
+        if producer is not None and producer not in kept:
+            raise UserError(f"layer {producer} makes the keys and values that later layers share; keep it.")
+    return {key: sum(layer >= first for layer in kept)}
+
+
+_FIELDS: dict[str, Callable[[dict[str, Any], str, list[int], int], dict[str, Any]]] = {
+    "first_k_dense_replace": _count_below,
+    "attn_layer_indices": _renumber,
+    "moe_layers": _renumber,
+    "block_types": _repeat,
+    "decoder_sparse_step": _sparse_step,
+    "mlp_only_layers": lambda *_: {},  # written by decoder_sparse_step
+    "attn_layer_period": _period,
+    "expert_layer_period": _period,
+    "num_kv_shared_layers": _shared_kv,
+}

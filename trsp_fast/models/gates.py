@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import LayerStack, layer_stack
@@ -67,10 +67,14 @@ class LayerGates:
         self._begin(None)
 
     def __enter__(self) -> "LayerGates":
-        owner_hook = self.stack.owner.register_forward_pre_hook(
-            lambda _module, _args, kwargs: self._begin(kwargs.get("attention_mask")), with_kwargs=True
-        )
-        self._handles = [owner_hook]
+        # A composite model hands its text model masks that are prepared already: the plain one is the outermost's.
+        self._handles = [
+            module.register_forward_pre_hook(
+                lambda _module, _args, kwargs, inner=inner: self._begin(kwargs.get("attention_mask"), inner),
+                with_kwargs=True,
+            )
+            for module, inner in ((self._model, False), (self.stack.owner, True))
+        ]
         for index in self.layers:
             hook = self._layer_hook(index)
             self._handles.append(self.stack.layers[index].register_forward_hook(hook, with_kwargs=True))
@@ -119,13 +123,16 @@ class LayerGates:
         """Gradient of the last backward pass by sequence and gate: fp32 `[G, L]`; its sum over G is the gates' own."""
         return None if self._rows is None else self._rows.grad
 
-    def _begin(self, attention_mask: Tensor | None) -> None:
+    def _begin(self, attention_mask: Any, inner: bool = False) -> None:
         """Forget the last forward pass. The rows [G, L] of gates are made when the first layer tells G."""
         self._norms: dict[int, tuple[Tensor, Tensor]] = {}
         self._elements: dict[int, Tensor | int] = {}
         self._rows: Tensor | None = None
         self._columns: tuple[Tensor, ...] = ()
-        self._mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            self._mask: Tensor | None = attention_mask
+        elif not inner:
+            self._mask = None
 
     def _gate(self, index: int, sequences: int) -> Tensor:
         """The gate of one layer, fp32 `[G]`: one unbind per forward pass, rows kept for per-sequence gradients."""
@@ -143,31 +150,33 @@ class LayerGates:
             _refuse_reentrant(module)
             x = args[0] if args else kwargs["hidden_states"]
             if index in self._bypassed:
-                self._collect(index, x, *self._detached_norms(index, x, args, kwargs))
+                self._collect(index, _sequences_first(x), *self._detached_norms(index, x, args, kwargs))
                 return None
             out = output[0] if isinstance(output, tuple) else output
             y = self._apply(index, x, out, args, kwargs)
             if y is None:
                 return None
+            y = _as_layers_have_it(y)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook
 
     def _apply(self, index: int, x: Tensor, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The gated output, or None where the layer's own output stays; the norms are put down by layer index."""
-        mask = self._token_mask(x)
+        states, out = _sequences_first(x), _sequences_first(out)
+        mask = self._token_mask(states)
         fused = self.with_norms and not self.detach_norms
         y = l1 = l2 = None
         if self.mode is not None:
-            gate = self._gate(index, x.shape[0]).to(x.device)
+            gate = self._gate(index, states.shape[0]).to(x.device)
             y, l1, l2 = gated_residual(
-                x, out, gate, mode=self.mode, norms=fused, token_mask=mask if fused else None, backend=self.backend
+                states, out, gate, mode=self.mode, norms=fused, token_mask=mask if fused else None, backend=self.backend
             )
         elif fused:
-            l1, l2 = residual_norms(x, out, token_mask=mask, backend=self.backend)
+            l1, l2 = residual_norms(states, out, token_mask=mask, backend=self.backend)
         if self.with_norms and self.detach_norms:
             l1, l2 = self._detached_norms(index, x, args, kwargs)
-        self._collect(index, x, l1, l2)
+        self._collect(index, states, l1, l2)
         return y
 
     def _collect(self, index: int, x: Tensor, l1: Tensor | None, l2: Tensor | None) -> None:
@@ -177,7 +186,11 @@ class LayerGates:
             self._elements[index] = _kept_elements(x, self._token_mask(x))
 
     def _token_mask(self, x: Tensor) -> Tensor | None:
-        return None if self._mask is None else self._mask[:, -x.shape[1] :].bool()
+        """Which tokens count, broadcastable to `x` (sequences first) without its hidden dimension."""
+        if self._mask is None:
+            return None
+        mask = self._mask[:, -x.shape[-2] :].bool()
+        return mask.view(len(mask), *[1] * (x.dim() - 3), -1)
 
     def _detached_norms(
         self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]
@@ -190,6 +203,7 @@ class LayerGates:
             forward = functools.partial(type(layer).forward, layer)
         output = forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
         out = output[0] if isinstance(output, tuple) else output
+        x, out = _sequences_first(x), _sequences_first(out)
         return residual_norms(x, out, token_mask=self._token_mask(x), backend=self.backend)
 
 
@@ -209,7 +223,18 @@ def _kept_elements(x: Tensor, mask: Tensor | None) -> Tensor | int:
     """Elements per sequence that the mask keeps: an int, or fp32 `[G]` of at least 1."""
     if mask is None:
         return max(1, x[0].numel()) if len(x) else 1
-    return (mask.sum(1) * (x[0, 0].numel() if x.numel() else 1)).clamp(min=1).float()
+    per_token = x[0].numel() // x.shape[-2] if x.numel() else 1
+    return (mask.flatten(1).sum(1) * per_token).clamp(min=1).float()
+
+
+def _sequences_first(states: Tensor) -> Tensor:
+    """Hidden states as (G, ..., S, H). Gemma 3n keeps several streams of every token: (streams, G, S, H)."""
+    return states if states.dim() <= 3 else states.movedim(-3, 0)
+
+
+def _as_layers_have_it(states: Tensor) -> Tensor:
+    """The inverse of `_sequences_first`."""
+    return states if states.dim() <= 3 else states.movedim(0, -3)
 
 
 @contextmanager
@@ -234,17 +259,19 @@ _ABSENT = object()
 def _install_bypass(model: PreTrainedModel, stack: LayerStack, index: int) -> Any:
     """Replace the layer instance's `forward` by the identity; what was there in the instance before, or `_ABSENT`."""
     layer = stack.layers[index]
-    as_tuple = _returns_tuple(model, layer)
+    returned = _returned(model, layer)
     reports_length = index in _length_layers(model, len(stack))
 
     def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if reports_length and cache is not None and not getattr(cache, "bears_bypassed_layers", False):
+        if reports_length and any(
+            isinstance(value, Cache) and not getattr(value, "bears_bypassed_layers", False)
+            for value in (*args, *kwargs.values())  # past_key_values here, layer_past or past_key_value there
+        ):
             raise UserError(
                 f"layer {index} is bypassed and the KV cache reads its length there; "
                 "call the model with use_cache=False, give a SlabCache, or remove the layer with remove_layers."
             )
-        return (hidden_states,) if as_tuple else hidden_states
+        return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
 
     before = layer.__dict__.get("forward", _ABSENT)
     layer.__dict__["forward"] = identity
@@ -263,13 +290,15 @@ def _length_layers(model: PreTrainedModel, count: int) -> set[int]:
     return {types.index(kind) for kind in set(types)}
 
 
-def _returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether a layer hands on a tuple; asked of its signature, and where that does not say, of a two-token pass."""
+def _returned(model: PreTrainedModel, layer: nn.Module) -> int:
+    """Entries of the tuple that a layer hands on, 0 for a tensor; where its signature does not say, a pass tells."""
     annotation = inspect.signature(type(layer).forward).return_annotation
     if annotation in (Tensor, "torch.Tensor", "Tensor"):
-        return False
-    seen: list[bool] = []
-    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(isinstance(output, tuple)))
+        return 0
+    seen: list[int] = []
+    handle = layer.register_forward_hook(
+        lambda _module, _args, output: seen.append(len(output) if isinstance(output, tuple) else 0)
+    )
     try:
         with torch.no_grad():
             tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)

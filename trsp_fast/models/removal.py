@@ -8,11 +8,13 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import layer_stack, slice_config
+from trsp_fast.models.families import layer_stack, slice_config, sliced_tensors
 
 
 def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     """A new model without `layers`, holding the very same parameters (same objects, so same storage, ties and grads).
+
+    Only where a tensor holds a piece per layer (the per-layer embeddings of Gemma 3n and 4) is there a new one.
 
     The configuration is sliced and a model built from it on the meta device, so that everything that depends on a
     layer's index (cache slots, layer types, rotary choices) is made anew; the renamed tensors are then moved in.
@@ -30,7 +32,8 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
     stack = layer_stack(model)
     removed = checked_layers(layers, len(stack))
     kept = [index for index in range(len(stack)) if index not in removed]
-    config = type(model.config).from_dict(slice_config(model.config.to_dict(), kept))
+    values = model.config.to_dict()
+    config = type(model.config).from_dict(slice_config(values, kept))
     config._attn_implementation = model.config._attn_implementation
     config.dtype = model.config.dtype
     with torch.device("meta"):
@@ -42,6 +45,12 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
         kept_tensors = {
             _renamed(name, stack.path, new_names): tensor for name, tensor in tensors if not name.startswith(gone)
         }
+        for end, dimension in sliced_tensors(values):
+            kept_tensors |= {
+                name: _pieces(tensor, dimension, kept, len(stack))
+                for name, tensor in kept_tensors.items()
+                if name.endswith(end)
+            }
         _move_in(small, kept_tensors, kind)
     small.train(model.training)
     small.generation_config = copy.deepcopy(model.generation_config)
@@ -55,6 +64,13 @@ def _renamed(name: str, path: str, new_names: dict[str, str]) -> str:
         return name
     index, dot, rest = name[len(path) + 1 :].partition(".")
     return f"{new_names[f'{path}.{index}']}{dot}{rest}"
+
+
+def _pieces(tensor: torch.Tensor, dimension: int, kept: list[int], count: int) -> torch.Tensor:
+    """A copy of the pieces of the layers that stay, where a tensor holds one piece per layer along a dimension."""
+    pieces = tensor.detach().unflatten(dimension, (count, -1))
+    chosen = pieces.index_select(dimension, torch.tensor(kept, device=tensor.device)).flatten(dimension, dimension + 1)
+    return torch.nn.Parameter(chosen, requires_grad=tensor.requires_grad)
 
 
 def _move_in(model: PreTrainedModel, tensors: dict[str, torch.Tensor], kind: str) -> None:

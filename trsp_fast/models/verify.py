@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from trsp_fast.engine.precision import cast_parameters
 from trsp_fast.errors import CheckFailed
 from trsp_fast.models.checkpoint import restore_own_dtypes
-from trsp_fast.models.families import layer_count, layer_stack, slice_config
+from trsp_fast.models.families import layer_count, layer_stack, slice_config, sliced_tensors
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
 
@@ -157,7 +157,9 @@ def _check_generation(model: PreTrainedModel, tokens: Tensor) -> Check:
         error = ((a.double() - b.double()).abs().amax(-1) / scale)[same]
         worst = max([worst, *error.tolist()])
         same &= cached.sequences[:, tokens.shape[1] + step] == uncached.sequences[:, tokens.shape[1] + step]
-    bound = 2000 * precision if precision < 1e-5 else 32 * precision
+    # Linear attention is summed in chunks without a cache and token by token with one: 4.6e-4 in fp32. A wrong cache
+    # slot is off by the spread itself.
+    bound = 8000 * precision if precision < 1e-5 else 32 * precision
     return Check(
         name, worst <= bound, f"{length} tokens, logits within {worst:.1e} of their spread, allowed {bound:.0e}"
     )
@@ -195,6 +197,9 @@ def _largest_weight(layer: nn.Module) -> Tensor:
 def _check_counts(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> Check:
     stack = layer_stack(before)
     gone = sum(p.numel() for layer in removed for p in stack.layers[layer].parameters())
+    ends = tuple(end for end, _ in sliced_tensors(before.config.to_dict()))
+    pieces = sum(p.numel() for name, p in before.named_parameters() if ends and name.endswith(ends))
+    gone += pieces // len(stack) * len(removed)
     expected, found = sum(p.numel() for p in before.parameters()) - gone, sum(p.numel() for p in after.parameters())
     return Check(
         "parameter count", found == expected, f"{found:,}" if found == expected else f"{found:,}, not {expected:,}"

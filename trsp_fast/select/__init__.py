@@ -37,8 +37,8 @@ def choose_layers(
     count = config.layer_count(len(total))
     if count > len(candidates(model, config)):
         raise UserError(
-            f"{count} layers are to go but only {len(candidates(model, config))} of {len(total)} are not protected; "
-            "remove fewer or protect fewer."
+            f"{count} layers are to go but only {len(candidates(model, config))} of {len(total)} are not protected "
+            "(trsp-fast plan says why); remove fewer or protect fewer."
         )
     training = model.training
     try:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
-from trsp_fast.models.families import layer_stack
+from trsp_fast.models.families import fixed_layers, layer_stack
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Selection:
 
 
 def candidates(model: PreTrainedModel, config: TRSPConfig, *, protect: bool = True) -> list[int]:
-    """The layers that may go, ascending: all but the protected first and last ones."""
+    """The layers that may go, ascending: all but the protected first and last ones and those others depend on."""
     total = len(layer_stack(model))
     if not protect:
         return list(range(total))
-    return list(range(total))[config.select.protect_first : max(0, total - config.select.protect_last)]
+    fixed = fixed_layers(model.config.to_dict())
+    open_to_choice = range(config.select.protect_first, max(0, total - config.select.protect_last))
+    return [layer for layer in open_to_choice if layer not in fixed]
