@@ -22,7 +22,7 @@ PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
 PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-all families fuzz bench lint format clean
+.PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -87,7 +87,25 @@ lint: setup ## ruff (lint and format) and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy trsp_fast
 
-test-all: test test-slow lint ## test, test-slow and lint
+# The environment of the oldest transformers: a second one that finds everything else in the first.
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := transformers==5.17.0
+OLDEST_STAMP := $(OLDEST)/.stamp-$(call checksum,$(OLDEST_TRANSFORMERS) $(TORCH) $(PYTHON))
+
+$(OLDEST_STAMP): $(PACKAGE_STAMP)
+	@echo "test-oldest: creating $(OLDEST) with $(OLDEST_TRANSFORMERS)"
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt \
+		'$(OLDEST_TRANSFORMERS)'
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP) ## the tests of models with the oldest transformers that is supported
+	@$(OLDEST)/bin/python -P -c 'import transformers; print("transformers", transformers.__version__)'
+	@$(OLDEST)/bin/python -P -m pytest -q -m "not slow" tests/models tests/select tests/test_transfer.py
+
+test-all: test test-slow test-oldest lint ## test, test-slow, test-oldest and lint
 
 format: setup ## reformat the Python files
 	@$(BIN)/ruff check --fix

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "kv_moves.h"
 
 namespace trsp {
@@ -13,9 +15,11 @@ using at::Tensor;
 // [batch, heads, length, key width, value width] of a slot, in elements.
 inline SlotShape slot_shape(at::IntArrayRef sizes, const Tensor& slab, const char* name) {
   TORCH_CHECK_VALUE(sizes.size() == 5, name, " must be [batch, heads, length, key width, value width], got ", sizes);
-  for (const int64_t size : sizes)
-    TORCH_CHECK_VALUE(size >= 0 && size < int64_t{1} << 40, name, " must be sizes below 2^40, got ", sizes);
   const int64_t item = slab.element_size();
+  int64_t product = 2 * item;  // of everything at once: no smaller product overflows then either
+  for (const int64_t size : sizes)
+    TORCH_CHECK_VALUE(size >= 0 && !__builtin_mul_overflow(product, std::max<int64_t>(size, 1), &product), name,
+                      " must be sizes whose product is an address, got ", sizes);
   return {sizes[0], sizes[1], sizes[2], sizes[3] * item, sizes[4] * item};
 }
 

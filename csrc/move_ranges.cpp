@@ -148,7 +148,11 @@ void move_ranges(const std::vector<Move>& moves, unsigned threads, bool in_kerne
     }
   };
   std::vector<std::thread> pool;
-  for (unsigned i = 1; i < threads; ++i) pool.emplace_back(guarded);
+  try {
+    for (unsigned i = 1; i < threads; ++i) pool.emplace_back(guarded);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run, this one at least, do the work.
+  }
   guarded();
   for (std::thread& thread : pool) thread.join();
   if (error) std::rethrow_exception(error);

@@ -91,7 +91,7 @@ void append_ranges(std::vector<PlanRange>& ranges, std::uint64_t from, std::uint
     to += length;
     bytes -= length;
   };
-  if (!block) return append(bytes, false);
+  if (!block || from % block != to % block) return append(bytes, false);
   append(std::min(bytes, (block - from % block) % block), false);
   append(bytes / block * block, true);
   append(bytes, false);
@@ -118,7 +118,9 @@ std::vector<PlanTarget> plan_removal(const std::vector<PlanSource>& sources, std
     std::vector<Run> together;  // of one target
     std::uint64_t bytes = 0;
     for (Run& run : runs_of(sources[number])) {
-      if (block && !together.empty() && (together.front().begin + bytes) % block != run.begin % block) {
+      // A run without a whole block has nothing to share wherever it lies: it never needs a file of its own.
+      const bool shareable = block && run.bytes >= (block - run.begin % block) % block + block;
+      if (shareable && !together.empty() && (together.front().begin + bytes) % block != run.begin % block) {
         targets.push_back(target_of(number, sources[number], together, block));
         together.clear();
         bytes = 0;

@@ -1,8 +1,8 @@
 // Which bytes of a checkpoint go where when layers leave it. Pure: no file is touched, so it is tested by itself.
 //
 // Neighbouring tensors that stay form a run. File systems share extents by whole blocks, so a run can be shared when its
-// offsets in source and target agree modulo the block size; a run that does not agree with the target so far starts a
-// target file of its own, whose header is padded until it does.
+// offsets in source and target agree modulo the block size; a run with whole blocks that does not agree with the target
+// so far starts a target file of its own, whose header is padded until it does.
 #pragma once
 
 #include <cstdint>

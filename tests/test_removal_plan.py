@@ -94,7 +94,7 @@ def test_whole_blocks_are_shared_and_at_most_two_ends_of_a_run_copied(files):
         copied = [count for *_, count, shared in ranges if not shared]
         assert sum(count for _, _, count, _ in ranges) == sum(runs)
         assert len(copied) <= 2 * len(runs)
-        assert all(count < block for count in copied if count)
+        assert all(count < 2 * block for count in copied)  # two ends, or a run without a whole block
         # the ratio that can be told beforehand: a run of n bytes has at least n - 2 * (block - 1) in whole blocks
         assert sum(count for *_, count, shared in ranges if shared) >= sum(max(0, n - 2 * (block - 1)) for n in runs)
 
@@ -102,9 +102,15 @@ def test_whole_blocks_are_shared_and_at_most_two_ends_of_a_run_copied(files):
 def test_a_gap_of_whole_blocks_stays_one_file_and_another_gap_starts_a_second():
     header, data_bytes = source([4096, 8192, 4096])
     assert len(surgery.plan([(header, data_bytes)], {"t0": "a", "t2": "b"}, 4096)) == 1
-    header, data_bytes = source([4096, 8193, 4096])
+    header, data_bytes = source([4096, 8193, 12000])
     assert len(surgery.plan([(header, data_bytes)], {"t0": "a", "t2": "b"}, 4096)) == 2
     assert len(surgery.plan([(header, data_bytes)], {"t0": "a", "t2": "b"}, 0)) == 1
+
+
+def test_runs_without_a_whole_block_never_start_a_file():
+    header, data_bytes = source([100, 60] * 200)
+    names = {f"t{i}": f"t{i}" for i in range(0, 400, 2)}
+    assert len(surgery.plan([(header, data_bytes)], names, 4096)) == 1
 
 
 def test_without_sharing_data_begins_at_a_multiple_of_4096():

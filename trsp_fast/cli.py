@@ -157,7 +157,7 @@ def plan(
     """Say which layers can be taken out and why others cannot; with --layers, whether these can go together."""
     from trsp_fast.config import TRSPConfig, checked_layers, merge, parse_setting
     from trsp_fast.models.disk_removal import read_config
-    from trsp_fast.models.families import check_set, fixed_layers, layer_count, sliced_tensors, text_fields
+    from trsp_fast.models.families import check_set, disk_obstacle, fixed_layers, layer_count, text_fields
 
     values = read_config(_on_disk(checkpoint, revision, only="config.json"))
     _, count = layer_count(text_fields(values))
@@ -167,7 +167,8 @@ def plan(
     removed = checked_layers(_layer_list(layers), count) if layers else []
     if removed:
         check_set(values, removed)
-    where = "in memory, because tensors hold a piece per layer" if sliced_tensors(values) else "on disk or in memory"
+    obstacle = disk_obstacle(values)
+    where = f"in memory, because {obstacle}" if obstacle else "on disk or in memory"
     answer = {
         "layers": count,
         "removable": [i for i in range(count) if i not in kept],
@@ -193,10 +194,11 @@ def remove(
 ) -> None:
     """Remove layers from a checkpoint on disk: nothing is loaded and, where the file system can, nothing copied."""
     from trsp_fast.models.disk_removal import read_config, remove_layers_on_disk
-    from trsp_fast.models.families import sliced_tensors
+    from trsp_fast.models.families import disk_obstacle
 
     removed, folder = _layer_list(layers), _on_disk(checkpoint, revision)
-    if sliced_tensors(read_config(folder)):
+    if obstacle := disk_obstacle(read_config(folder)):
+        _say(f"note: {obstacle}, so the model is loaded and cut in memory.", as_json)
         _remove_in_memory(folder, removed, out, as_json)
         return
     with _byte_bar("removing layers", as_json) as progress:
@@ -213,14 +215,13 @@ def remove(
 
 
 def _remove_in_memory(folder: str, removed: list[int], out: Path, as_json: bool) -> None:
-    """The way of families whose tensors must be cut too: load, rebuild, prove, save."""
+    """The way of models that the files alone do not describe: load, rebuild, prove, save."""
     from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
     from trsp_fast.models.removal import remove_layers
     from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
     from trsp_fast.run.state import staged_output
 
     _quiet_transformers()
-    _say("note: tensors of this model hold a piece per layer, so it is loaded and cut in memory.", as_json)
     with staged_output(out) as stage:
         model = load_model(folder, device="cpu")
         try:

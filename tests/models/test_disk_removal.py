@@ -81,6 +81,56 @@ def test_equals_removal_in_memory(family, removed, shards, tmp_path):
     assert done.bytes == sum(p.stat().st_size for p in (tmp_path / "disk").glob("*.safetensors"))
 
 
+def test_infinity_in_a_configuration_survives(tmp_path):
+    src = checkpoint(tmp_path / "src")
+    config = json.loads((src / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}
+    (src / "config.json").write_text(json.dumps(config))
+    remove_layers_on_disk(src, [1], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_the_decoder_is_found_among_other_stacks(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    arrays = {
+        f"{path}.{layer}.w": np.full(4, layer, np.float32)
+        for path in ("connector.layers", "model.language.layers", "vision.layers", "model.language.layers.0.experts")
+        for layer in range(3)
+    }
+    save_file(arrays, src / "model.safetensors")
+    text = {"model_type": "llama", "num_hidden_layers": 3}
+    (src / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "text_config": text}))
+    remove_layers_on_disk(src, [1], tmp_path / "out")
+    left = tensors(tmp_path / "out")
+    assert {name for name in left if "language.layers" in name and "experts" not in name} == {
+        "model.language.layers.0.w", "model.language.layers.1.w"
+    }  # fmt: skip
+    assert left["model.language.layers.1.w"][0] == 2
+    assert sum("connector" in name for name in left) == 3
+
+
+def test_numbers_with_leading_zeros_are_no_layers(tmp_path):
+    src = checkpoint(tmp_path / "src")
+    arrays = {**load_file(src / "model.safetensors"), "model.layers.02.w": np.ones(3, np.float32)}
+    save_file(arrays, src / "model.safetensors")
+    remove_layers_on_disk(src, [1], tmp_path / "out")
+    assert {"model.layers.02.w", "model.layers.1.attn.weight"} <= tensors(tmp_path / "out").keys()
+
+
+def test_many_runs_need_few_files_open(sharing_disk):
+    """A thousand and more runs without a whole block: no two tensors of a layer are neighbours."""
+    src = sharing_disk / "src"
+    src.mkdir()
+    arrays = {f"model.layers.{layer}.p{part}": np.ones(30, np.float32) for part in range(700) for layer in range(3)}
+    names = sorted(arrays, key=lambda name: (name.rpartition("p")[2], name))
+    save_file({name: arrays[name] for name in names}, src / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 3}
+    (src / "config.json").write_text(json.dumps(config))
+    done = remove_layers_on_disk(src, [1], sharing_disk / "out")
+    assert len(done.weight_files) <= 3
+    assert len(tensors(sharing_disk / "out")) == 1400
+
+
 def test_empty_shards_disappear_and_the_index_is_exact(tmp_path):
     build("llama").save_pretrained(tmp_path / "src", max_shard_size="20KB")
     shards = len(list((tmp_path / "src").glob("*.safetensors")))
@@ -287,6 +337,8 @@ FOLDERS = {
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "PEFT adapter; merge it"),
     "index outside": (lambda f: index_of(f, {"a": "../x.safetensors"}), "'../x.safetensors'"),
     "index absolute": (lambda f: index_of(f, {"a": "/etc/passwd"}), "'/etc/passwd'"),
+    "index with a zero": (lambda f: index_of(f, {"a": "a\0.safetensors"}), "is not a safetensors file of the folder"),
+    "config gone again": (lambda f: (f / "config.json").unlink(), "give a complete checkpoint"),
     "index unknown": (lambda f: index_of(f, {"a": "model.safetensors"}), "'a' is not in 'model.safetensors'"),
     "index missing file": (lambda f: index_of(f, {"a": "b.safetensors"}), "b.safetensors.*cannot be read"),
     "index empty": (lambda f: index_of(f, {}), "no weight_map"),
@@ -305,7 +357,16 @@ CONFIGS = {
     "encoder": ({"architectures": ["BertForMaskedLM"]}, "not a causal language model"),
     "encoder-decoder": ({"is_encoder_decoder": True}, "encoder-decoder"),
     "quantised": ({"quantization_config": {}}, "quantised weights"),
-    "gemma3n": ({"model_type": "gemma3n"}, "per-layer embeddings"),
+    "per-layer tensors": (
+        {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 4},
+        "embed_tokens_per_layer.weight holds a piece",
+    ),
+    "unknown family": ({"model_type": "new"}, "what new derives from the numbers of its layers is not known"),
+    "derived types": ({"model_type": "gemma2"}, "leaves layer_types to transformers"),
+    "derived windows": ({"model_type": "qwen2", "use_sliding_window": True}, "leaves layer_types to transformers"),
+    "architectures": ({"architectures": {"x": 1}}, "not a list of names"),
+    "model type": ({"model_type": ["llama"]}, "not a list of names"),
+    "layers without end": ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
     "other count": ({"num_hidden_layers": 4}, "0 groups of tensors for 4 layers"),
     "fewer layers": ({"num_hidden_layers": 2}, "layer model.layers.2, but the configuration names 2"),
     "no count": ({"num_hidden_layers": None}, "number of layers cannot be told"),

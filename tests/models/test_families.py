@@ -1,16 +1,18 @@
 """Every family of the zoo: layers come out exactly or not at all, in memory and on disk, gated, bypassed and padded."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from zoo import CORE, DEFAULT_SETS, LAYERS, SETS, ZOO, build
 
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.disk_removal import remove_layers_on_disk
-from trsp_fast.models.families import fixed_layers, layer_stack, slice_config, sliced_tensors
+from trsp_fast.models.families import _FIELDS, disk_obstacle, fixed_layers, layer_stack, slice_config, sliced_tensors
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
@@ -69,6 +71,9 @@ def test_exact_in_memory_and_on_disk(family, number, tmp_path):
         pointers = {p.data_ptr() for p in model.parameters()}
         assert all(p.data_ptr() in pointers for p in small.parameters())
         model.save_pretrained(tmp_path / "src")
+        saved = json.loads((tmp_path / "src" / "config.json").read_text())
+        if disk_obstacle(saved):  # an older transformers may write less
+            pytest.skip(f"not on disk: {disk_obstacle(saved)}")
         remove_layers_on_disk(tmp_path / "src", removed, tmp_path / "disk")
         require(verify_checkpoint(small, tmp_path / "disk")[0])
 
@@ -150,6 +155,37 @@ def test_every_layer_bypassed_generates_alike_with_and_without_a_cache(family):
         assert torch.equal(cached.sequences, uncached.sequences), layer
         for a, b in zip(cached.logits, uncached.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-3 * float(b.std()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXACT if name not in CORE])
+def test_every_field_that_transformers_would_derive_is_asked_for(name, tmp_path):
+    """Each list per layer and each field of _FIELDS taken out of config.json: cut exactly all the same, or refused."""
+    model = made(name)
+    model.save_pretrained(tmp_path / "src")
+    saved = json.loads((tmp_path / "src" / "config.json").read_text())
+    if disk_obstacle(saved):
+        pytest.skip(f"not on disk: {disk_obstacle(saved)}")
+    inner = saved.get("text_config", saved)
+    special = [k for k, v in inner.items() if k in _FIELDS or (isinstance(v, list) and len(v) == LAYERS)]
+    removed = SETS.get(name, DEFAULT_SETS)[0]
+    for key in special:
+        less = {k: v for k, v in inner.items() if k != key}
+        less = {**saved, "text_config": less} if "text_config" in saved else less
+        if disk_obstacle(less):
+            continue
+        (tmp_path / "src" / "config.json").write_text(json.dumps(less))
+        try:
+            source = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "src")
+        except Exception:  # transformers itself cannot do without it
+            continue
+        remove_layers_on_disk(tmp_path / "src", removed, tmp_path / key)
+        require(verify_checkpoint(remove_layers(source, removed), tmp_path / key)[0])
+        got = hf.AutoModelForCausalLM.from_pretrained(tmp_path / key)
+        with torch.no_grad(), bypassed(source, removed):
+            want = source(torch.arange(3, 20)[None], use_cache=False).logits
+        with torch.no_grad():
+            assert torch.equal(got(torch.arange(3, 20)[None], use_cache=False).logits, want), key
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -308,6 +308,53 @@ def test_what_was_freed_becomes_longer_sequences_or_more_of_them():
     assert_holds(cache, [[t.repeat_interleave(2, 0)[[3, 0]] for t in pair] for pair in contents[3:]])
 
 
+@MODES
+def test_layers_dropped_before_anything_is_held(static):
+    model = tiny_llama()
+    cache = SlabCache(model.config, max_len=32, static=static)
+    cache.drop_layers([1, 4])
+    small = remove_layers(model, [1, 4])
+    assert_same(generate(small, cache), generate(small, DynamicCache(config=small.config)), 1e-5)
+    assert cache.free_bytes == 0
+
+
+@MODES
+def test_cropping_with_a_layer_that_was_bypassed_part_of_the_way(static):
+    """A layer that holds less than the others loses what lies beyond the new length, and no more."""
+    model = tiny_llama()
+    cache = SlabCache(model.config, max_len=32, static=static)
+    model(PROMPT[:, :4], past_key_values=cache)
+    with bypassed(model, [2]):
+        model(PROMPT[:, 4:8], past_key_values=cache)
+        cache.crop(-3)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [5, 5, 4, 5, 5, 5]
+        cache.crop(-2)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [3] * 6
+
+
+@MODES
+def test_a_bypassed_layer_cannot_come_back_to_the_same_cache(static):
+    model = tiny_llama()
+    cache = SlabCache(model.config, max_len=32, static=static)
+    with bypassed(model, [2]):
+        model(PROMPT[:, :4], past_key_values=cache)
+    with pytest.raises(UserError, match="was bypassed lacks what the others hold") as error:
+        model(PROMPT[:, 4:], past_key_values=cache)
+    assert_one_sentence(error)
+    cache.reset()
+    want = model(PROMPT, use_cache=False).logits
+    torch.testing.assert_close(model(PROMPT, past_key_values=cache).logits, want, rtol=0, atol=1e-5)
+
+
+def test_reset_keeps_what_a_captured_graph_counts_with():
+    cache = SlabCache(tiny_llama().config, max_len=32, static=True)
+    tiny_llama()(PROMPT, past_key_values=cache)
+    counters = [layer.cumulative_length for layer in cache.layers]
+    cache.reset()
+    assert all(layer.cumulative_length is counter for layer, counter in zip(cache.layers, counters, strict=True))
+    assert not any(counters)
+
+
 def test_views_and_graphs_of_before_a_move_raise():
     cache, _ = filled_cache()
     view, replay = cache.view(1), cache.guarded(lambda: "replayed")
@@ -382,6 +429,8 @@ def test_models_it_is_not_for(case):
         (lambda cache: cache.drop_layers([1, 1]), "1"),
         (lambda cache: cache.drop_layers(range(5)), "layer"),
         (lambda cache: cache.regrid(max_len=11), "at most 3 x 10 do"),
+        (lambda cache: cache.regrid(max_len=0), "must be a positive whole number"),
+        (lambda cache: cache.regrid(max_len=9.5), "must be a positive whole number"),
         (lambda cache: cache.regrid(max_len=6), "holds 2 sequences of 7 tokens, more than the 3 x 6"),
         (lambda cache: cache.regrid(max_batch=1), "more than the 1 x 10"),
         (lambda cache: cache.update(torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 4), 0), "holds 10 tokens and 11"),
@@ -422,9 +471,11 @@ def test_gradients_are_refused_rather_than_lost():
     assert_one_sentence(error)
 
 
-def test_inference_mode_and_back():
+@MODES
+def test_inference_mode_and_back(static):
     model = tiny_llama()
-    cache = SlabCache(model.config, max_len=16)
+    with torch.inference_mode():
+        cache = SlabCache(model.config, max_len=16, static=static)
     with torch.inference_mode():
         model(PROMPT[:, :4], past_key_values=cache)
     logits = model(PROMPT[:, 4:], past_key_values=cache).logits
@@ -464,6 +515,7 @@ def test_opcheck():
         (lambda s: OPS.kv_compact_(s, [1], SLAB, [3, 6]), "filled must be"),
         (lambda s: OPS.kv_compact_(s, [1], SLAB[:4], [3, 5]), "sizes must be"),
         (lambda s: OPS.kv_compact_(s, [1], [3, 2, -5, 4, 4], [0, 0]), "sizes must be sizes"),
+        (lambda s: OPS.kv_compact_(s, [1], [2**32, 2**32, 1, 1, 1], [1, 1]), "product is an address"),
         (lambda s: OPS.kv_compact_(s.view(2, -1), [1], SLAB, [3, 5]), "one contiguous dimension"),
         (lambda s: OPS.kv_compact_(s[::2], [1], SLAB, [3, 5]), "one contiguous dimension"),
         (lambda s: OPS.kv_regrid_(s, s[:10].clone(), 2, SLAB, [3, 2, 9, 4, 4], [2, 4]), "scratch must hold 512 bytes"),

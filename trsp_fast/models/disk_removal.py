@@ -18,7 +18,7 @@ from typing import Any
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal_fields, layer_count, slice_config, sliced_tensors, text_fields
+from trsp_fast.models.families import check_causal_fields, disk_obstacle, layer_count, slice_config, text_fields
 from trsp_fast.run.state import staged_output, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -28,6 +28,7 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".index.json",
 )  # fmt: skip
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OPEN_FILES = 64  # of the result at a time
 THREADS = 4  # enough to keep a fast disk busy; more only add seeks on a slow one
 
 
@@ -88,10 +89,10 @@ def remove_layers_on_disk(
     removed = checked_layers(layers, count)
     kept = [layer for layer in range(count) if layer not in removed]
     sliced = slice_config(config, kept)
-    if tensors := sliced_tensors(config):
+    if obstacle := disk_obstacle(config):
         raise UserError(
-            f"{tensors[0][0]} holds a piece of every layer, so this model cannot be cut on disk; use remove_layers in "
-            "memory (trsp-fast remove does it by itself)."
+            f"this model cannot be cut on disk, because {obstacle}; use remove_layers in memory (the command "
+            "trsp-fast remove does it by itself)."
         )
     with _weight_files(folder) as files, _errors_of_disk(src):
         path = _layer_path([tensor[0] for file in files for tensor in file.tensors], count, "text_config" in config)
@@ -99,7 +100,7 @@ def remove_layers_on_disk(
         with staged_output(dst) as stage:
             weights, moved = _move_weights(files, names, stage, progress)
             left_out = _bring_along(folder, stage, {file.name for file in files})
-            write_json(stage / "config.json", sliced)
+            write_json(stage / "config.json", sliced, strict=False)
             size = sum((stage / name).stat().st_size for name in weights)
     return DiskRemoval(
         out=Path(dst),
@@ -177,6 +178,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         values = json.loads(_plain(folder, name).read_text(encoding="utf-8"), object_pairs_hook=object_of)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{str(path)!r} is not valid JSON ({reason}); give an intact checkpoint.") from None
@@ -205,7 +208,7 @@ def _weight_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         ):
             raise UserError(f"{str(folder / INDEX)!r} has no weight_map of names; give an intact checkpoint.")
         for name in weight_map.values():
-            if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            if os.path.basename(name) != name or not name.endswith(".safetensors") or "\0" in name:
                 raise UserError(
                     f"{str(folder / INDEX)!r} names the file {name!r}, which is not a safetensors file of the folder; "
                     "give an intact checkpoint."
@@ -268,13 +271,13 @@ def _layer_path(names: list[str], count: int, composite: bool) -> str:
     """The prefix under which the tensors of the decoder layers stand: `model.layers` of `model.layers.0.mlp...`."""
     indices: dict[str, set[int]] = {}
     for name in names:
-        for found in re.finditer(r"\.(\d{1,6})(?=\.)", name):
+        for found in re.finditer(r"\.(0|[1-9][0-9]{0,5})(?=\.)", name):
             indices.setdefault(name[: found.start()], set()).add(int(found[1]))
     stacks = [prefix for prefix, seen in indices.items() if set(range(count)) <= seen]
-    if composite:  # the other towers of a vision-language model
-        stacks = [prefix for prefix in stacks if not re.search(r"vision|visual|audio|encoder", prefix)] or stacks
-    outermost = min((prefix.count(".") for prefix in stacks), default=0)
-    stacks = [prefix for prefix in stacks if prefix.count(".") == outermost]
+    # Experts and the like are lists inside a layer.
+    stacks = [prefix for prefix in stacks if not any(prefix.startswith(f"{other}.") for other in stacks)]
+    if composite and len(stacks) > 1:  # the other towers of a vision-language model
+        stacks = [prefix for prefix in stacks if re.search(r"language|text", prefix)]
     if len(stacks) != 1:
         raise UserError(
             f"the checkpoint has {len(stacks)} groups of tensors for {count} layers, not one; give a decoder model."
@@ -290,7 +293,7 @@ def _layer_path(names: list[str], count: int, composite: bool) -> str:
 def _new_names(files: list[_WeightFile], path: str, kept: list[int]) -> dict[str, str]:
     """Old name -> new name of every tensor that stays."""
     position = {old: new for new, old in enumerate(kept)}
-    layer = re.compile(re.escape(path) + r"\.(\d+)\.(.*)", re.DOTALL)
+    layer = re.compile(re.escape(path) + r"\.(0|[1-9][0-9]{0,5})\.(.*)", re.DOTALL)
     names = {}
     for name in (tensor[0] for file in files for tensor in file.tensors):
         found = layer.fullmatch(name)
@@ -298,6 +301,8 @@ def _new_names(files: list[_WeightFile], path: str, kept: list[int]) -> dict[str
             names[name] = name
         elif int(found[1]) in position:
             names[name] = f"{path}.{position[int(found[1])]}.{found[2]}"
+    if len(set(names.values())) != len(names):
+        raise UserError(f"two tensors under {path} would have the same name; give an intact checkpoint.")
     return names
 
 
@@ -317,19 +322,23 @@ def _move_weights(
         SINGLE if len(targets) == 1 else f"model-{i:05}-of-{len(targets):05}.safetensors"
         for i in range(1, len(targets) + 1)
     ]
-    with contextlib.ExitStack() as stack:
-        moves = []
-        for title, (source, head, size, _, ranges) in zip(titles, targets, strict=True):
-            out = stack.enter_context((stage / title).open("xb", buffering=0))
-            out.write(head)
-            os.ftruncate(out.fileno(), size)
-            moves += [(files[source].descriptor, out.fileno(), *range_) for range_ in ranges]
+    in_kernel, moved = _is_on_server(stage), (0, 0)
+    for begin in range(0, len(targets), OPEN_FILES):
+        group = list(zip(titles, targets, strict=True))[begin : begin + OPEN_FILES]
+        with contextlib.ExitStack() as stack:
+            moves = []
+            for title, (source, head, size, _, ranges) in group:
+                out = stack.enter_context((stage / title).open("xb", buffering=0))
+                out.write(head)
+                os.ftruncate(out.fileno(), size)
+                moves += [(files[source].descriptor, out.fileno(), *range_) for range_ in ranges]
 
-        def report(shared: int, copied: int) -> None:
-            if progress is not None:
-                progress(shared + copied, total)
+            def report(shared: int, copied: int, before: int = sum(moved)) -> None:
+                if progress is not None:
+                    progress(before + shared + copied, total)
 
-        moved = surgery.move_ranges(moves, THREADS, report, _is_on_server(stage))
+            shared, copied = surgery.move_ranges(moves, THREADS, report, in_kernel)
+            moved = (moved[0] + shared, moved[1] + copied)
     if len(titles) > 1:
         _write_index(files, names, titles, targets, stage)
     return titles, moved

@@ -28,25 +28,58 @@ class Family:
     """What is special about a model type beyond its configuration's fields; most types need no record.
 
     sliced_tensors: (end of the name, dimension) of tensors that hold one piece per layer along that dimension.
+    written_out: fields that config.json must have to be cut without transformers, which would derive them from the
+        layers' numbers where they are missing. None: what it derives is not known.
     last_type: the layer type that transformers forces on the last layer when it loads the configuration.
     refused: why layers cannot be taken out, where that is so.
     """
 
     sliced_tensors: tuple[tuple[str, int], ...] = ()
+    written_out: tuple[str, ...] | None = None
     last_type: str | None = None
     refused: str | None = None
 
 
 _PER_LAYER_EMBEDDINGS = (("embed_tokens_per_layer.weight", 1), ("per_layer_model_projection.weight", 0))
 
+_UNIFORM = Family(written_out=())
+_TYPES = Family(written_out=("layer_types",))
+_DENSE_FIRST = Family(written_out=("first_k_dense_replace",))
+
 # model_type -> what is special. Fields of configurations that depend on layer numbers are in _FIELDS below.
 FAMILIES = {
+    **dict.fromkeys(
+        (
+            "apertus", "arcee", "bamba", "biogpt", "bloom", "codegen", "cohere", "ernie4_5", "falcon", "falcon_h1",
+            "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe", "helium",
+            "hunyuan_v1_dense", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2",
+            "olmoe", "opt", "persimmon", "phi", "phi3", "seed_oss", "stablelm", "starcoder2", "xglm",
+        ),
+        _UNIFORM,
+    ),
+    **dict.fromkeys(
+        (
+            "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "granitemoehybrid", "lfm2", "minimax",
+            "ministral", "olmo3", "qwen3_5_text", "qwen3_next",
+        ),
+        _TYPES,
+    ),
+    # Their layers differ only where sliding windows are in use, see disk_obstacle.
+    **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), _TYPES),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe"), _DENSE_FIRST),
     "gemma3n_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS),
     "gemma4_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS, last_type="full_attention"),
+    "gpt_neo": Family(written_out=("attention_layers",)),
+    "jamba": Family(
+        written_out=("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset")
+    ),
+    "llama4_text": Family(written_out=("layer_types", "no_rope_layers", "moe_layers")),
+    "recurrent_gemma": Family(written_out=("block_types",)),
+    "smollm3": Family(written_out=("layer_types", "no_rope_layers")),
     "rwkv": Family(refused="its first layer is unlike the others and its state is kept in a form of its own"),
     "zamba": Family(refused="its attention layers share one block, so a layer is not its own"),
     "zamba2": Family(refused="its attention layers share one block, so a layer is not its own"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,8 +141,13 @@ def check_causal_fields(config: dict[str, Any]) -> None:
     Raises:
         UserError: with the reason and the way out.
     """
-    name = (config.get("architectures") or ["no architecture"])[0]
-    kind = config.get("model_type")
+    named, kind = config.get("architectures") or ["no architecture"], config.get("model_type")
+    if not (isinstance(named, list) and isinstance(named[0], str) and isinstance(kind, str | None)):
+        raise UserError(
+            f"the configuration's architectures and model_type are {named!r:.80} and {kind!r:.80}, not a list of names "
+            "and a name; give an intact checkpoint."
+        )
+    name = named[0]
     if config.get("is_encoder_decoder"):
         raise UserError(
             f"{name} is an encoder-decoder; trsp_fast prunes decoder-only causal language models, give one."
@@ -140,7 +178,9 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 def layer_count(config: dict[str, Any]) -> tuple[str, int]:
     """Name and value of the field that counts the layers in a config.json's dict."""
     for name in COUNT_FIELDS:
-        if isinstance(config.get(name), int):
+        if isinstance(config.get(name), int) and not isinstance(config[name], bool):
+            if not 0 < config[name] <= 10_000:
+                raise UserError(f"the configuration has {name} = {config[name]}; give a model with 1 to 10,000 layers.")
             return name, config[name]
     raise UserError(f"the configuration has none of {', '.join(COUNT_FIELDS)}; its number of layers cannot be told.")
 
@@ -159,6 +199,24 @@ def family(config: dict[str, Any]) -> Family:
 def sliced_tensors(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     """The tensors that must themselves be cut with the layers: (end of the name, dimension)."""
     return family(config).sliced_tensors if text_fields(config).get("hidden_size_per_layer_input") else ()
+
+
+def disk_obstacle(config: dict[str, Any]) -> str | None:
+    """Why a checkpoint with this config.json cannot be cut without transformers, None if it can."""
+    fields, record = text_fields(config), family(config)
+    kind = fields.get("model_type")
+    if tensors := sliced_tensors(config):
+        return f"{tensors[0][0]} holds a piece of every layer"
+    if record.written_out is None:
+        return f"what {kind} derives from the numbers of its layers is not known here"
+    if str(kind).startswith("qwen") and "use_sliding_window" in fields and not fields["use_sliding_window"]:
+        return None  # all layers alike
+    missing = [name for name in record.written_out if fields.get(name) is None]
+    return (
+        f"config.json leaves {missing[0]} to transformers, which derives it from the layers' numbers"
+        if missing
+        else None
+    )
 
 
 def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:

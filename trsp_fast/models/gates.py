@@ -263,10 +263,11 @@ def _install_bypass(model: PreTrainedModel, stack: LayerStack, index: int) -> An
     reports_length = index in _length_layers(model, len(stack))
 
     def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if reports_length and any(
-            isinstance(value, Cache) and not getattr(value, "bears_bypassed_layers", False)
-            for value in (*args, *kwargs.values())  # past_key_values here, layer_past or past_key_value there
-        ):
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        for cache in caches:  # given as past_key_values by some models, as layer_past by others
+            if hasattr(cache, "miss"):
+                cache.miss(index)
+        if reports_length and not all(hasattr(cache, "miss") for cache in caches):
             raise UserError(
                 f"layer {index} is bypassed and the KV cache reads its length there; "
                 "call the model with use_cache=False, give a SlabCache, or remove the layer with remove_layers."

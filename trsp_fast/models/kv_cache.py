@@ -51,15 +51,11 @@ class SlabCache(Cache):
         UserError: the model's layers are not all of plain attention, or a size is not positive.
     """
 
-    bears_bypassed_layers = True  # asked by the bypass of models/gates.py
-
     def __init__(self, config: Any, *, max_len: int, max_batch: int = 1, static: bool = False) -> None:
         self._begin(_layer_count(config, max_len), max_len, max_batch, static)
 
     def _begin(self, layers: int, max_len: int, max_batch: int, static: bool) -> None:
-        for name, value in (("max_len", max_len), ("max_batch", max_batch)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a positive whole number, got {value!r}; give the largest you need.")
+        _check_sizes(max_len, max_batch)
         self.max_len, self.max_batch, self.static = max_len, max_batch, static
         self.generation = 0
         self._slab: Tensor | None = None
@@ -84,7 +80,18 @@ class SlabCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence; a negative number, as transformers counts them."""
-        super().crop(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}; -n forgets n tokens.")
+        length = int(self.get_seq_length()) + tokens_to_remove
+        if length < 0:
+            raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {length - tokens_to_remove}.")
+        for layer in self.layers:
+            layer.shorten(length)
+
+    def miss(self, layer: int) -> None:
+        """A bypassed layer saw none of this pass; called by the bypass. It may be dropped, but not come back."""
+        if layer < len(self.layers):
+            self.layers[layer].missed = True
 
     # ---- memory
 
@@ -137,6 +144,9 @@ class SlabCache(Cache):
         for index in removed:
             self.layers[index].forget()
         self.layers = [layer for index, layer in enumerate(self.layers) if index not in removed]
+        if self._slab is None:  # the memory will be taken for those that stay
+            for index, layer in enumerate(self.layers):
+                layer.slot = index
         self.generation += 1
 
     def compact(self) -> None:
@@ -158,7 +168,9 @@ class SlabCache(Cache):
         Raises:
             UserError: it does not fit, or the cache holds more than that.
         """
-        length, batch = max_len or self.max_len, max_batch or self.max_batch
+        length = self.max_len if max_len is None else max_len
+        batch = self.max_batch if max_batch is None else max_batch
+        _check_sizes(length, batch)
         filled_batch, filled_length = self._filled()
         if length < max(filled_length, 1) or batch < max(filled_batch, 1):
             raise UserError(
@@ -268,7 +280,9 @@ class SlabLayer(CacheLayerMixin):
         self.slot = slot
         self.keys: Any = None
         self.values: Any = None
-        self.cumulative_length: Any = torch.tensor(0) if cache.static else 0
+        self.missed = False
+        with torch.inference_mode(False):
+            self.cumulative_length: Any = torch.tensor(0) if cache.static else 0
 
     @property
     def is_compileable(self) -> bool:
@@ -292,7 +306,8 @@ class SlabLayer(CacheLayerMixin):
             )
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         if cache.static:
-            self.cumulative_length = self.cumulative_length.to(self.device)
+            with torch.inference_mode(False):
+                self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
         self.bind()
 
@@ -310,6 +325,11 @@ class SlabLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise UserError("SlabCache keeps no gradients; run the model under torch.no_grad(), or without a cache.")
         cache = self._living()
+        if self.missed:
+            raise UserError(
+                "a layer that was bypassed lacks what the others hold, so it cannot be used with this cache again; "
+                "drop it from the cache, or reset the cache."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
@@ -349,15 +369,12 @@ class SlabLayer(CacheLayerMixin):
         """Empty; the memory stays, and the next update may bring another number of sequences."""
         self.is_initialized = False
         self.keys = self.values = None
-        self.cumulative_length = torch.zeros_like(self.cumulative_length) if self._living().static else 0
+        self.missed = False
+        self._set_length(0)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}; -n forgets n tokens.")
-        if self.is_initialized and tokens_to_remove:
-            length = int(self.cumulative_length) + tokens_to_remove
-            if length < 0:
-                raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {length - tokens_to_remove}.")
+    def shorten(self, length: int) -> None:
+        """Forget what lies beyond this many tokens; a layer that was bypassed may hold less."""
+        if self.is_initialized and int(self.cumulative_length) > length:
             self._set_length(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -421,6 +438,12 @@ class SlabView:
     @property
     def values(self) -> Tensor:
         return self._part("values")
+
+
+def _check_sizes(max_len: Any, max_batch: Any) -> None:
+    for name, value in (("max_len", max_len), ("max_batch", max_batch)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} must be a positive whole number, got {value!r}; give the largest you need.")
 
 
 def _layer_count(config: Any, max_len: int) -> int:

@@ -47,7 +47,7 @@ def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
         yield
     finally:
         for parent in missing:
-            if parent.is_dir() and not any(parent.iterdir()):
+            with contextlib.suppress(OSError):  # not empty, or another run was faster
                 parent.rmdir()
 
 
@@ -85,8 +85,12 @@ def staged_output(out: str | Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, int]:
     """A new temporary folder of `path` and the descriptor that locks it until this process ends, however it does."""
     while True:
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        lock = os.open(stage, os.O_RDONLY)
+        try:
+            stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+            lock = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:  # another run removed it, or the parent that it had made
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if stage.is_dir():  # else another run took it for abandoned before the lock was ours
@@ -99,7 +103,10 @@ def _clear_abandoned(path: Path) -> None:
     for stage in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
-        lock = os.open(stage, os.O_RDONLY)
+        try:
+            lock = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:  # it became what it was made for, or another run cleared it
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # another run is at work, or the file system has no locks
@@ -110,9 +117,9 @@ def _clear_abandoned(path: Path) -> None:
             os.close(lock)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Readable, strict JSON (no NaN)."""
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, values: dict[str, Any], *, strict: bool = True) -> None:
+    """Readable JSON; `strict` refuses NaN and infinity, which configurations of other tools do have."""
+    path.write_text(json.dumps(values, indent=1, allow_nan=not strict) + "\n", encoding="utf-8")
 
 
 def _flush(folder: Path) -> None:
