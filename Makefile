@@ -63,7 +63,7 @@ test-slow: setup ## the slow tests
 
 families: setup ## prove every family and write docs/families.md from it
 	@mkdir -p docs
-	@TRSP_FAST_FAMILIES=docs/families.md $(BIN)/pytest -q tests/models/test_families.py --deselect \
+	@TRSP_FAST_FAMILIES=docs/families.md $(BIN)/pytest -q -m "slow or not slow" tests/models/test_families.py --deselect \
 		tests/models/test_families.py::test_the_table_of_families_is_in_step
 
 SANITIZED := -std=c++20 -g -O1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all
