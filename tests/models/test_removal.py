@@ -84,3 +84,14 @@ def test_a_periodic_hybrid_is_refused_where_the_period_breaks():
     )
     with pytest.raises(UserError, match="would follow no fixed period any more"):
         remove_layers(AutoModelForCausalLM.from_config(config), [1])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [("peft_config", {"default": object()}, "merge it"), ("_tp_size", 2, "sharded over 2 processes; load it whole")],
+)
+def test_adapters_and_shards_are_refused(llama, attribute, value, message):
+    setattr(llama, attribute, value)
+    with pytest.raises(UserError, match=message) as error:
+        remove_layers(llama, [1])
+    assert str(error.value).endswith(".")
