@@ -1,6 +1,8 @@
 """SlabCache: the same tokens as transformers' own caches, and layers that leave it without moving a byte."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -388,6 +390,17 @@ def test_to_and_from_other_caches():
         for again in (slab.to_cache(), slab):
             got = model(torch.tensor([[5]]), past_key_values=again).logits
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_slab_goes_with_the_cache():
+    cache, _ = filled_cache()
+    slab = weakref.ref(cache._slab)
+    gc.disable()
+    try:
+        del cache
+        assert slab() is None
+    finally:
+        gc.enable()
 
 
 def test_a_deep_copy_is_a_cache_of_its_own():

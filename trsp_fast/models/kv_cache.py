@@ -4,6 +4,8 @@ One slab holds a slot per layer, `[K, V]`; what a layer keeps are views of its s
 and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h).
 """
 
+import copy
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -92,6 +94,15 @@ class SlabCache(Cache):
         """A bypassed layer saw none of this pass; called by the bypass. It may be dropped, but not come back."""
         if layer < len(self.layers):
             self.layers[layer].missed = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SlabCache":
+        """A cache of its own, whose layers are views of its own slab."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        for layer in other.layers:
+            layer._cache = weakref.ref(other)
+        return other
 
     # ---- memory
 
@@ -276,7 +287,7 @@ class SlabLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlabCache, slot: int) -> None:
         super().__init__()
-        self.cache: SlabCache | None = cache
+        self._cache: Any = weakref.ref(cache)  # a strong one would keep the slab until the garbage collector comes by
         self.slot = slot
         self.keys: Any = None
         self.values: Any = None
@@ -286,7 +297,8 @@ class SlabLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        return self.cache is not None and self.cache.static
+        cache = self._cache()
+        return cache is not None and cache.static
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         cache = self._living()
@@ -403,7 +415,7 @@ class SlabLayer(CacheLayerMixin):
 
     def forget(self) -> None:
         """Let go of the slab: the layer was dropped."""
-        self.cache = self.keys = self.values = None
+        self._cache, self.keys, self.values = (lambda: None), None, None
         self.is_initialized = False
 
     def _set_length(self, length: int) -> None:
@@ -413,9 +425,10 @@ class SlabLayer(CacheLayerMixin):
             self.cumulative_length = length
 
     def _living(self) -> SlabCache:
-        if self.cache is None:
+        cache = self._cache()
+        if cache is None:
             raise RuntimeError("this layer was dropped from its cache; use the layers of the cache as they are now.")
-        return self.cache
+        return cache
 
 
 class SlabView:
