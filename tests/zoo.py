@@ -187,3 +187,12 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a family, 8 layers, in evaluation mode."""
     torch.manual_seed(seed)
     return hf.AutoModelForCausalLM.from_config(ZOO[name]()).eval()
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Token ids and mask of three sequences of different lengths, padded on the left."""
+    tokens = torch.randint(1, 90, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    for row, padding in enumerate((0, 2, 5)):
+        tokens[row, :padding], mask[row, :padding] = 0, 0
+    return {"input_ids": tokens, "attention_mask": mask}

@@ -156,7 +156,7 @@ def plan(
 ) -> None:
     """Say which layers can be taken out and why others cannot; with --layers, whether these can go together."""
     from trsp_fast.config import TRSPConfig, checked_layers, merge, parse_setting
-    from trsp_fast.models.disk_removal import read_config
+    from trsp_fast.models.checkpoint_files import read_config
     from trsp_fast.models.families import check_set, disk_obstacle, fixed_layers, layer_count, text_fields
 
     values = read_config(_on_disk(checkpoint, revision, only="config.json"))
@@ -193,7 +193,8 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove layers from a checkpoint on disk: nothing is loaded and, where the file system can, nothing copied."""
-    from trsp_fast.models.disk_removal import read_config, remove_layers_on_disk
+    from trsp_fast.models.checkpoint_files import read_config
+    from trsp_fast.models.disk_removal import remove_layers_on_disk
     from trsp_fast.models.families import disk_obstacle
 
     removed, folder = _layer_list(layers), _on_disk(checkpoint, revision)

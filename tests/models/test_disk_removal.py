@@ -21,7 +21,8 @@ from zoo import CORE, build
 
 from trsp_fast.errors import UserError
 from trsp_fast.models import disk_removal
-from trsp_fast.models.disk_removal import INDEX, remove_layers_on_disk
+from trsp_fast.models.checkpoint_files import INDEX
+from trsp_fast.models.disk_removal import remove_layers_on_disk
 from trsp_fast.models.removal import remove_layers
 
 pytest.importorskip("trsp_fast._surgery", reason="trsp_fast was installed without its C++ extensions")

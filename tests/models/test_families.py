@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from zoo import CORE, DEFAULT_SETS, LAYERS, SETS, ZOO, build
+from zoo import CORE, DEFAULT_SETS, LAYERS, SETS, ZOO, build, padded
 
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.disk_removal import remove_layers_on_disk
@@ -35,15 +35,6 @@ def made(name):
         return build(name)
     except AttributeError as error:
         pytest.skip(f"this transformers has no {error.name or name}")
-
-
-def padded():
-    """Token ids and mask of a batch padded on the left."""
-    tokens = torch.randint(1, 90, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(tokens)
-    for row, padding in enumerate((0, 2, 5)):
-        tokens[row, :padding], mask[row, :padding] = 0, 0
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def test_there_are_enough_of_them():

@@ -19,12 +19,13 @@ from transformers import (
     StaticCache,
     T5Config,
 )
-from zoo import CORE, GATED_MLP, build
+from zoo import CORE, GATED_MLP, build, padded
 
 from trsp_fast.errors import UserError
-from trsp_fast.models import kv_cache
+from trsp_fast.models import kv_moves
 from trsp_fast.models.gates import bypassed
-from trsp_fast.models.kv_cache import SlabCache, SlotShape
+from trsp_fast.models.kv_cache import SlabCache
+from trsp_fast.models.kv_moves import SlotShape
 from trsp_fast.models.removal import remove_layers
 
 OPS = torch.ops.trsp_fast
@@ -53,15 +54,6 @@ def model_of(name):
         return build(name)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(EXTRA[name]).eval()
-
-
-def padded_batch():
-    """Three prompts of different lengths, padded on the left."""
-    tokens = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(tokens)
-    for row, padding in enumerate((0, 3, 5)):
-        tokens[row, :padding], mask[row, :padding] = 0, 0
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def generate(model, cache, tokens=12, **options):
@@ -96,8 +88,8 @@ def test_the_same_tokens_and_logits(name, static):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "multi-query", "latent"])
 def test_a_batch_padded_on_the_left(name, static):
     model = model_of(name)
-    want = generate(model, DynamicCache(config=model.config), **padded_batch())
-    got = generate(model, SlabCache(model.config, max_len=24, max_batch=3, static=static), **padded_batch())
+    want = generate(model, DynamicCache(config=model.config), **padded())
+    got = generate(model, SlabCache(model.config, max_len=24, max_batch=3, static=static), **padded())
     assert_same(got, want, 1e-4 if static else 0.0)
 
 
@@ -112,7 +104,7 @@ def test_sampling():
 def test_beam_search_reorders_in_place(name):
     model = model_of(name)
     cache = SlabCache(model.config, max_len=24, max_batch=12)
-    batch = padded_batch()
+    batch = padded()
     want = generate(model, DynamicCache(config=model.config), num_beams=4, **batch)
     got = generate(model, cache, num_beams=4, **batch)
     assert_same(got, want)
@@ -289,8 +281,8 @@ class implementation_of:  # noqa: N801 - reads as a function
         if self.name == "copies":
 
             class Ops:
-                kv_compact_ = staticmethod(kv_cache._compact)
-                kv_regrid_ = staticmethod(kv_cache._regrid)
+                kv_compact_ = staticmethod(kv_moves._compact)
+                kv_regrid_ = staticmethod(kv_moves._regrid)
 
             self.patch.setattr(torch.ops, "trsp_fast", Ops)
 
@@ -475,7 +467,7 @@ def test_layers_of_different_widths_are_refused():
 
 def test_a_prompt_of_several_sequences_needs_room():
     with pytest.raises(UserError, match="3 sequences do not fit into a cache for 1"):
-        generate(tiny_llama(), SlabCache(tiny_llama().config, max_len=24), **padded_batch())
+        generate(tiny_llama(), SlabCache(tiny_llama().config, max_len=24), **padded())
 
 
 def test_gradients_are_refused_rather_than_lost():
@@ -578,7 +570,7 @@ def test_moves_on_a_gpu_equal_those_on_the_cpu(dtype, widths):
         moved = slab.clone().to(device)
         OPS.kv_compact_(moved, [0, 2, 3], shape, [2, 41])
         OPS.kv_regrid_(moved, torch.empty_like(moved), 3, shape, after, [2, 41])
-        cache = [part[:, :, :41] for slot in range(3) for part in kv_cache._slot_views(moved, slot, SlotShape(*after))]
+        cache = [part[:, :, :41] for slot in range(3) for part in kv_moves.slot_views(moved, slot, SlotShape(*after))]
         results.append([part.cpu() for part in cache])
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.equal(on_cpu, on_gpu)

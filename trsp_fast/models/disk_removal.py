@@ -4,12 +4,9 @@ Imports neither torch nor transformers. The planning and the moving are C++ (csr
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
-import stat
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,16 +15,23 @@ from typing import Any
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal_fields, disk_obstacle, layer_count, slice_config, text_fields
+from trsp_fast.models.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    WeightFile,
+    extension,
+    folder_of,
+    plain_file,
+    read_config,
+    weight_files,
+)
+from trsp_fast.models.families import disk_obstacle, layer_count, slice_config, text_fields
 from trsp_fast.run.state import staged_output, write_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Other forms of the same weights; the unpruned ones must not lie beside the pruned model.
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".index.json",
 )  # fmt: skip
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OPEN_FILES = 64  # of the result at a time
 THREADS = 4  # enough to keep a fast disk busy; more only add seeks on a slow one
 
@@ -45,16 +49,6 @@ class DiskRemoval:
     shared: int
     copied: int
     seconds: float
-
-
-@dataclass
-class _WeightFile:
-    name: str
-    descriptor: int
-    header: bytes
-    data_bytes: int
-    metadata: dict[str, str]
-    tensors: list[tuple[str, str, tuple[int, ...], int, int]]  # name, dtype, shape, begin, end
 
 
 def remove_layers_on_disk(
@@ -81,7 +75,7 @@ def remove_layers_on_disk(
             the disk refuses; one sentence, and nothing is written.
     """
     start = time.perf_counter()
-    folder = _folder(src)
+    folder = folder_of(src)
     if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"output {str(dst)!r} lies inside the checkpoint {str(src)!r}; give a folder outside it.")
     config = read_config(folder)
@@ -94,7 +88,7 @@ def remove_layers_on_disk(
             f"this model cannot be cut on disk, because {obstacle}; use remove_layers in memory (the command "
             "trsp-fast remove does it by itself)."
         )
-    with _weight_files(folder) as files, _errors_of_disk(src):
+    with weight_files(folder) as files, _errors_of_disk(src):
         path = _layer_path([tensor[0] for file in files for tensor in file.tensors], count, "text_config" in config)
         names = _new_names(files, path, kept)
         with staged_output(dst) as stage:
@@ -113,155 +107,6 @@ def remove_layers_on_disk(
         copied=moved[1],
         seconds=time.perf_counter() - start,
     )
-
-
-def _extension() -> Any:
-    try:
-        from trsp_fast import _surgery
-    except ImportError as error:
-        raise UserError(
-            f"removing layers on disk needs trsp_fast's C++ extension, which does not load ({error}); install a C++ "
-            "compiler and reinstall trsp_fast."
-        ) from None
-    return _surgery
-
-
-def _folder(src: str | Path) -> Path:
-    folder = Path(src)
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {str(src)!r} is not a folder; give the folder of a saved model.")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"checkpoint {str(src)!r} is a PEFT adapter; merge it into its model and save that first.")
-    return folder
-
-
-# ---- reading an untrusted folder
-
-
-def _plain(folder: Path, name: str) -> Path:
-    """The real path of a file of the folder; a link may lead to another file of it or to a blob of the hub's cache."""
-    path = folder / name
-    real = Path(os.path.realpath(path))
-    homes = [Path(os.path.realpath(folder)), Path(os.path.realpath(folder / ".." / ".." / "blobs"))]
-    if not any(real.is_relative_to(home) for home in homes):
-        raise UserError(f"{str(path)!r} is a link to {str(real)!r}, outside the checkpoint; put the file itself there.")
-    try:
-        mode = real.stat().st_mode
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}); give a complete checkpoint.") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{str(path)!r} is not a regular file; give a checkpoint made of plain files.")
-    return real
-
-
-def read_config(src: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder, known to be of a model whose layers can be taken out.
-
-    Raises:
-        UserError: it is missing, broken or of another kind of model.
-    """
-    config = _read_json(_folder(src), "config.json")
-    check_causal_fields(config)
-    return config
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice: parsers differ on which of the two they believe."""
-
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ValueError(f"key {twice!r} stands twice")
-        return values
-
-    path = folder / name
-    try:
-        values = json.loads(_plain(folder, name).read_text(encoding="utf-8"), object_pairs_hook=object_of)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{str(path)!r} is not valid JSON ({reason}); give an intact checkpoint.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds a {type(values).__name__}, not an object; give an intact checkpoint.")
-    return values
-
-
-@contextlib.contextmanager
-def _weight_files(folder: Path) -> Iterator[list[_WeightFile]]:
-    """The checkpoint's weight files, open and checked: the very files whose headers were read are moved later."""
-    with contextlib.ExitStack() as stack:
-        names, weight_map = _weight_names(folder)
-        files = [_open_weights(folder, name, stack) for name in names]
-        _check_names(files, weight_map)
-        yield files
-
-
-def _weight_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    if (folder / INDEX).exists():
-        weight_map = _read_json(folder, INDEX).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(v, str) for v in weight_map.values())
-        ):
-            raise UserError(f"{str(folder / INDEX)!r} has no weight_map of names; give an intact checkpoint.")
-        for name in weight_map.values():
-            if os.path.basename(name) != name or not name.endswith(".safetensors") or "\0" in name:
-                raise UserError(
-                    f"{str(folder / INDEX)!r} names the file {name!r}, which is not a safetensors file of the folder; "
-                    "give an intact checkpoint."
-                )
-        return sorted(set(weight_map.values())), weight_map
-    if (folder / SINGLE).exists():
-        return [SINGLE], None
-    if any((folder / name).exists() for name in PICKLED):
-        raise UserError(
-            f"checkpoint {str(folder)!r} holds pickled weights (.bin), which can run code when read; convert it first: "
-            "load it with transformers and call save_pretrained, which writes safetensors."
-        )
-    raise UserError(f"checkpoint {str(folder)!r} has no {SINGLE} and no {INDEX}; give a folder with weights.")
-
-
-def _open_weights(folder: Path, name: str, stack: contextlib.ExitStack) -> _WeightFile:
-    surgery = _extension()
-    path = _plain(folder, name)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    stack.callback(os.close, descriptor)
-    size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if len(prefix) < 8 or length > size - 8:
-        raise UserError(
-            f"{str(folder / name)!r}: header length: {length} bytes are announced, the file has {size}; "
-            "give an intact checkpoint."
-        )
-    if length > 100_000_000:
-        raise UserError(f"{str(folder / name)!r}: header length: {length} is more than the format's 100,000,000 bytes.")
-    header = os.pread(descriptor, length, 8)
-    try:
-        metadata, tensors = surgery.parse_header(header, size - 8 - length)
-    except ValueError as error:
-        raise UserError(f"{str(folder / name)!r}: {error}; give an intact checkpoint.") from None
-    return _WeightFile(name, descriptor, header, size - 8 - length, metadata, tensors)
-
-
-def _check_names(files: list[_WeightFile], weight_map: dict[str, str] | None) -> None:
-    """Every tensor in one file only, and every one that the index names in the file it names."""
-    home: dict[str, str] = {}
-    for file in files:
-        for tensor in file.tensors:
-            if tensor[0] in home:
-                raise UserError(
-                    f"tensor {tensor[0]!r} is in {home[tensor[0]]!r} and in {file.name!r}; give an intact checkpoint."
-                )
-            home[tensor[0]] = file.name
-    for name, file_name in (weight_map or {}).items():
-        if home.get(name) != file_name:
-            raise UserError(
-                f"{INDEX!r}: weight_map: tensor {name!r} is not in {file_name!r}; give an intact checkpoint."
-            )
 
 
 # ---- names
@@ -290,7 +135,7 @@ def _layer_path(names: list[str], count: int, composite: bool) -> str:
     return stacks[0]
 
 
-def _new_names(files: list[_WeightFile], path: str, kept: list[int]) -> dict[str, str]:
+def _new_names(files: list[WeightFile], path: str, kept: list[int]) -> dict[str, str]:
     """Old name -> new name of every tensor that stays."""
     position = {old: new for new, old in enumerate(kept)}
     layer = re.compile(re.escape(path) + r"\.(0|[1-9][0-9]{0,5})\.(.*)", re.DOTALL)
@@ -310,10 +155,10 @@ def _new_names(files: list[_WeightFile], path: str, kept: list[int]) -> dict[str
 
 
 def _move_weights(
-    files: list[_WeightFile], names: dict[str, str], stage: Path, progress: Callable[[int, int], None] | None
+    files: list[WeightFile], names: dict[str, str], stage: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[list[str], tuple[int, int]]:
     """Write the weight files and their index; names of the files, bytes shared and bytes copied."""
-    surgery = _extension()
+    surgery = extension()
     block = _shared_block(files, stage)
     targets = surgery.plan([(file.header, file.data_bytes) for file in files], names, block)
     total = sum(size - len(head) for _, head, size, _, _ in targets)
@@ -344,9 +189,9 @@ def _move_weights(
     return titles, moved
 
 
-def _shared_block(files: list[_WeightFile], stage: Path) -> int:
+def _shared_block(files: list[WeightFile], stage: Path) -> int:
     """The block size when extents can be shared between the checkpoint and the result, else 0."""
-    surgery = _extension()
+    surgery = extension()
     block = os.statvfs(stage).f_bsize
     probe = stage / ".probe"
     with probe.open("xb", buffering=0) as file:
@@ -380,7 +225,7 @@ def _check_space(stage: Path, needed: int) -> None:
 
 
 def _write_index(
-    files: list[_WeightFile], names: dict[str, str], titles: list[str], targets: list[Any], stage: Path
+    files: list[WeightFile], names: dict[str, str], titles: list[str], targets: list[Any], stage: Path
 ) -> None:
     weight_map = {name: title for title, target in zip(titles, targets, strict=True) for name in target[3]}
     stay = [tensor for file in files for tensor in file.tensors if tensor[0] in names]
@@ -410,7 +255,7 @@ def _bring_along(folder: Path, stage: Path, weights: set[str]) -> list[str]:
                 left_out.append(relative)
                 continue
             (stage / inside).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_plain(folder, relative), stage / inside / name)
+            shutil.copyfile(plain_file(folder, relative), stage / inside / name)
     return sorted(left_out)
 
 

@@ -1,13 +1,14 @@
 """SlabCache: the KV cache of all layers in one allocation, so that it shrinks with the model.
 
 One slab holds a slot per layer, `[K, V]`; what a layer keeps are views of its slot. Taking layers out is bookkeeping,
-and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h).
+and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h). Longer than other files because
+transformers asks the cache and its layers for one thing in two halves.
 """
 
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.ops.backends import LIBRARY
-
-
-class SlotShape(NamedTuple):
-    """Sizes of one layer's slot, in elements; `length` is in tokens."""
-
-    batch: int
-    heads: int
-    length: int
-    key_width: int
-    value_width: int
-
-    @property
-    def elements(self) -> int:
-        return self.batch * self.heads * self.length * (self.key_width + self.value_width)
+from trsp_fast.models.kv_moves import SlotShape, slot_views
 
 
 class SlabCache(Cache):
@@ -141,7 +128,7 @@ class SlabCache(Cache):
         assert self._slab is not None
         assert self._shape is not None
         with torch.inference_mode(False), torch.no_grad():
-            return _slot_views(self._slab, index, self._shape)
+            return slot_views(self._slab, index, self._shape)
 
     # ---- surgery
 
@@ -470,50 +457,3 @@ def _layer_count(config: Any, max_len: int) -> int:
     if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
         raise UserError(f"layers of type {other[0]} keep a state that is no K and V; use DynamicCache for this model.")
     return text.num_hidden_layers
-
-
-# ---- the moves: C++ on the CPU, a CUDA kernel where one was built, these copies elsewhere
-
-LIBRARY.define("kv_compact_(Tensor(a!) slab, int[] slots, int[] sizes, int[] filled) -> ()")
-LIBRARY.define(
-    "kv_regrid_(Tensor(a!) slab, Tensor(b!) scratch, int count, int[] before, int[] after, int[] filled) -> ()"
-)
-
-
-def _slot_views(slab: Tensor, index: int, shape: SlotShape) -> tuple[Tensor, Tensor]:
-    begin, rows = index * shape.elements, shape.batch * shape.heads
-    sizes = [rows * shape.length * width for width in (shape.key_width, shape.value_width)]
-    keys, values = slab.narrow(0, begin, sizes[0]), slab.narrow(0, begin + sizes[0], sizes[1])
-    return (
-        keys.view(shape.batch, shape.heads, shape.length, shape.key_width),
-        values.view(shape.batch, shape.heads, shape.length, shape.value_width),
-    )
-
-
-def _copy_filled(to: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor], filled: list[int]) -> None:
-    batch, length = filled
-    for target, origin in zip(to, source, strict=True):
-        target[:batch, :, :length].copy_(origin[:batch, :, :length])
-
-
-def _compact(slab: Tensor, slots: list[int], sizes: list[int], filled: list[int]) -> None:
-    shape = SlotShape(*sizes)
-    for index, slot in enumerate(slots):
-        if slot != index:
-            _copy_filled(_slot_views(slab, index, shape), _slot_views(slab, slot, shape), filled)
-
-
-def _regrid(slab: Tensor, scratch: Tensor, count: int, before: list[int], after: list[int], filled: list[int]) -> None:
-    old, new = SlotShape(*before), SlotShape(*after)
-    tight = _slot_views(scratch, 0, old._replace(batch=filled[0], length=filled[1]))
-    # Growing slots last first, shrinking ones first first: none is overwritten before it is read.
-    order = range(count) if new.elements < old.elements else reversed(range(count))
-    for index in order:
-        _copy_filled(tight, _slot_views(slab, index, old), filled)
-        _copy_filled(_slot_views(slab, index, new), tight, filled)
-
-
-LIBRARY.impl("kv_compact_", _compact, "CompositeExplicitAutograd")
-LIBRARY.impl("kv_regrid_", _regrid, "CompositeExplicitAutograd")
-torch.library.register_fake("trsp_fast::kv_compact_", lambda *_: None, lib=LIBRARY)
-torch.library.register_fake("trsp_fast::kv_regrid_", lambda *_: None, lib=LIBRARY)
