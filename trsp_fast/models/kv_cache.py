@@ -1,8 +1,9 @@
 """SlabCache: the KV cache of all layers in one allocation, so that it shrinks with the model.
 
 One slab holds a slot per layer, `[K, V]`; what a layer keeps are views of its slot. Taking layers out is bookkeeping,
-and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h). Longer than other files because
-transformers asks the cache and its layers for one thing in two halves.
+and what they leave becomes longer sequences or more of them, in place (csrc/kv_moves.h).
+
+Longer than other files because transformers asks the cache and its layers for one thing in two halves.
 """
 
 import copy
