@@ -35,7 +35,7 @@ def main() -> None:
         measure.set_allocator(measure.KEEP_MEMORY)
     elif not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU, and none is visible.")
-    tokens = arguments.tokens or (4096 if arguments.device == "cuda" else 1024)
+    tokens = arguments.tokens = arguments.tokens or (4096 if arguments.device == "cuda" else 1024)
     content: dict[str, Any] = {
         "machine": measure.machine(arguments.device), "layers": arguments.layers, "tokens": tokens,
         "dtype": arguments.dtype, "rows": [],
@@ -64,6 +64,18 @@ def make(arguments: argparse.Namespace, tokens: int, filled: int) -> SlabCache:
     return cache
 
 
+def check(arguments: argparse.Namespace, dropped: list[int], want: list, longer: int, filled: int) -> None:
+    """End the bench unless the moves keep what the rebuilt layers hold."""
+    cache = make(arguments, arguments.tokens, filled)
+    cache.drop_layers(dropped)
+    for step in (cache.compact, lambda: cache.regrid(max_len=longer)):
+        step()
+        for index, (keys, values) in enumerate(want):
+            view = cache.view(index)
+            if not (torch.equal(view.keys, keys[:, :, :filled]) and torch.equal(view.values, values[:, :, :filled])):
+                sys.exit(f"the cache holds something else after a move (layer {index}): nothing is timed.")
+
+
 def rows_of(arguments: argparse.Namespace, tokens: int, filled: int) -> list[dict[str, Any]]:
     """Each step on a fresh copy of the cache, its result compared with the rebuilt one before anything is timed."""
     device, dropped = arguments.device, list(range(1, arguments.layers, 4))
@@ -75,7 +87,7 @@ def rows_of(arguments: argparse.Namespace, tokens: int, filled: int) -> list[dic
         found = []
         for layer in kept:
             held = whole.layers[layer]
-            pair = tuple(torch.zeros_like(part) for part in (held.keys, held.values))
+            pair = tuple(torch.empty_like(part) for part in (held.keys, held.values))
             for new, old in zip(pair, (held.keys, held.values), strict=True):
                 new[:, :, :filled] = old[:, :, :filled]
             found.append(pair)
@@ -89,14 +101,7 @@ def rows_of(arguments: argparse.Namespace, tokens: int, filled: int) -> list[dic
     scratch = slab.new_empty(bytes_per_layer // slab.element_size())
     moved = sum(slot != index for index, slot in enumerate(kept))
 
-    cache = make(arguments, tokens, filled)
-    cache.drop_layers(dropped)
-    for step in (cache.compact, lambda: cache.regrid(max_len=longer)):
-        step()
-        for index, (keys, values) in enumerate(want):
-            view = cache.view(index)
-            if not (torch.equal(view.keys, keys[:, :, :filled]) and torch.equal(view.values, values[:, :, :filled])):
-                sys.exit(f"the cache holds something else after a move (layer {index}): nothing is timed.")
+    check(arguments, dropped, want, longer, filled)
     del want
 
     def drop() -> None:

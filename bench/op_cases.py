@@ -110,10 +110,12 @@ def call(provider: str, case: Case) -> Callable[[Tensor, Tensor, Tensor], tuple[
         if case.mode is None:
             return lambda x, out, gate: residual_norms(x, out, backend=backend)
         return lambda x, out, gate: gated_residual(x, out, gate, mode=case.mode, norms=case.norms, backend=backend)
-    if case.mode is None:
-        eager = lambda x, out, gate: reference.residual_norms(x, out)  # noqa: E731
-    else:
-        eager = lambda x, out, gate: reference.gated_residual(x, out, gate, mode=case.mode, norms=case.norms)  # noqa: E731
+
+    def eager(x: Tensor, out: Tensor, gate: Tensor) -> tuple[Any, ...]:
+        if case.mode is None:
+            return reference.residual_norms(x, out)
+        return reference.gated_residual(x, out, gate, mode=case.mode, norms=case.norms)
+
     if provider == "eager":
         return eager
     torch._dynamo.reset()

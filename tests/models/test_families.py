@@ -141,7 +141,7 @@ def test_every_layer_bypassed_generates_alike_with_and_without_a_cache(family):
             try:
                 cached = model.generate(tokens, use_cache=True, **options)
             except UserError as error:
-                assert "KV cache reads its length there" in str(error)  # noqa: PT017
+                assert "KV cache reads its length there" in str(error)  # noqa: PT017 - the refusal is one of two right outcomes
                 continue
         assert torch.equal(cached.sequences, uncached.sequences), layer
         for a, b in zip(cached.logits, uncached.logits, strict=True):

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
+    EncoderDecoderCache,
     Gemma3nTextConfig,
     LlamaConfig,
     Qwen3NextConfig,
@@ -495,6 +496,18 @@ def test_other_kinds_of_cache_layers_are_refused():
         SlabCache.from_cache(cache)
     with pytest.raises(UserError, match="hold no tokens"):
         SlabCache.from_cache(DynamicCache())
+    with pytest.raises(UserError, match="EncoderDecoderCache cannot be one slab"):
+        SlabCache.from_cache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+
+@MODES
+def test_tokens_that_do_not_fit_are_not_counted(static):
+    model = tiny_llama()
+    cache = SlabCache(model.config, max_len=10, static=static)
+    model(PROMPT, past_key_values=cache)
+    with pytest.raises((UserError, IndexError, RuntimeError)):
+        model(PROMPT, past_key_values=cache)
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {PROMPT.shape[1]}
 
 
 # ---- the ops

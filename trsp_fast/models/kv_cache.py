@@ -239,7 +239,7 @@ class SlabCache(Cache):
         Raises:
             UserError: it has layers of another kind, or they hold different lengths.
         """
-        for layer in cache.layers:
+        for layer in getattr(cache, "layers", [cache]):  # an encoder-decoder's has two caches and no layers
             if type(layer) not in (DynamicLayer, StaticLayer, SlabLayer):
                 raise UserError(
                     f"a cache with a {type(layer).__name__} cannot be one slab; give plain attention layers."
@@ -340,9 +340,9 @@ class SlabLayer(CacheLayerMixin):
         with torch.no_grad():
             if cache.static:
                 positions = torch.arange(added, device=self.device) + self.cumulative_length
-                self.cumulative_length.add_(added)
                 self.keys.index_copy_(2, positions, key_states)
                 self.values.index_copy_(2, positions, value_states)
+                self.cumulative_length.add_(added)  # last: what does not fit must not count
                 return self.keys, self.values
             begin, end = self.cumulative_length, self.cumulative_length + added
             if end > cache.max_len:
