@@ -1,16 +1,20 @@
 """Stage 2: schedules, penalty and objectives by hand, and that it does what it is for."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.objective import mean_loss
-from trsp_fast.errors import CheckFailed
+from trsp_fast.engine.session import Session
+from trsp_fast.errors import Diverged
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
-from trsp_fast.transfer import gate_at, lambda2_at, learning_rate_factor, transfer
+from trsp_fast.transfer import gate_at, lambda2_at, learning_rate_factor, trainable_weights, transfer
+
+transfer_module = importlib.import_module("trsp_fast.transfer")  # the package has a function of that name
 
 PLAIN = {
     "objective": "lm",
@@ -128,14 +132,40 @@ def test_low_precision_weights_train_as_fp32_copies(llama, tokens):
     assert history[-1]["lm_loss"] < before - 0.2
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_weights(llama, tokens):
+def test_three_losses_that_are_not_finite_stop_and_keep_the_last_weights(llama, tokens):
     llama.train().requires_grad_(True)
     seen = []
     events = Events(lambda _kind, _values: seen.append([p.detach().clone() for p in llama.parameters()]))
-    with pytest.raises(CheckFailed, match="stage 2"):
+    with pytest.raises(Diverged, match="in step 3 of stage 2"):
         transfer(llama, tokens, [1], config(lr=1e30, clip=0.0, epochs=4), events)
     assert llama.training
     assert all(torch.equal(p, last) for p, last in zip(llama.parameters(), seen[-1], strict=True))
+
+
+@pytest.mark.parametrize("objective", ["lm", "distill"])
+@pytest.mark.parametrize("gate", ["none", "anneal"])
+def test_micro_batches_change_losses_and_gradients_by_rounding_only(llama, tokens, objective, gate):
+    settings = config(objective=objective, gate=gate, lambda2=0.5, epochs=1)
+    whole = transfer(copy.deepcopy(llama), tokens, [1, 4], settings)
+    parts = transfer(llama, tokens, [1, 4], settings, session=Session(micro_batch=3))
+    for one, other in zip(whole, parts, strict=True):
+        assert other["D"] == pytest.approx(one["D"], rel=1e-5, nan_ok=True)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+
+
+def test_neighbours_alone_learn_and_the_rest_is_shared_with_the_teacher(llama, tokens):
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    transfer(llama, tokens, [2, 3], config(trainable="neighbours", objective="distill", gate="anneal", epochs=2))
+    changed = {name for name, p in llama.named_parameters() if not torch.equal(p, before[name])}
+    layers = {name.split(".")[2] for name in changed if name.startswith("model.layers") and "norm" not in name}
+    assert layers == {"1", "4"}
+    assert "model.norm.weight" in changed
+    assert "model.embed_tokens.weight" not in changed
+    named = trainable_weights(llama, [2, 3], "neighbours")
+    teacher = transfer_module._teacher(llama, named)
+    for (name, own), theirs in zip(llama.named_parameters(), teacher.parameters(), strict=True):
+        assert (own is theirs) == (name not in named)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def _remove_in_memory(folder: str, removed: list[int], out: Path, as_json: bool)
     from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
     from trsp_fast.models.removal import remove_layers
     from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
-    from trsp_fast.run.state import staged_output
+    from trsp_fast.run.output import staged_output
 
     _quiet_transformers()
     with staged_output(out) as stage:
@@ -366,7 +366,7 @@ def _prune(
     from trsp_fast.config import TRSPConfig
     from trsp_fast.data import check_source
     from trsp_fast.pruner import prune as run
-    from trsp_fast.run.state import check_output
+    from trsp_fast.run.output import check_output
 
     config = TRSPConfig.from_dict(values)
     check_output(out)

@@ -58,7 +58,7 @@ class TransferConfig:
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps.
     epochs: passes over the calibration data; 0 skips stage 2.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
-    trainable: which weights learn.
+    trainable: which weights learn: `all`, or `neighbours`: the layers beside each removed one and every normalisation.
     """
 
     norm: str = _setting("l2", choices=("l1", "l2", "frobenius"))
@@ -72,7 +72,7 @@ class TransferConfig:
     lr: float = _setting(5e-4, low=0)
     warmup: float = _setting(0.05, low=0, high=1)
     clip: float = _setting(1.0, low=0)
-    trainable: str = _setting("all", choices=("all",))
+    trainable: str = _setting("all", choices=("all", "neighbours"))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run executes. deterministic: same bits on the same machine, at some cost on a GPU."""
+    """How a run executes.
 
+    save_every: save the state after so many steps; 0: as often as takes a twentieth of the time.
+    deterministic: same bits on the same machine, at some cost on a GPU.
+    """
+
+    save_every: int = _setting(0, low=0)
     deterministic: bool = _setting(False)
 
 

@@ -1,4 +1,4 @@
-"""The two ways a run may end without a result, apart from a defect: the user's mistake and a failed check."""
+"""The ways a run may end without a result, apart from a defect."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
 
 class CheckFailed(RuntimeError):  # noqa: N818 - a finding about the result, not an error of the program
     """A proof or a quality bound did not hold, and nothing was written. Exit code 1."""
+
+
+class Diverged(CheckFailed):
+    """Losses or gradients were not finite several times in a row; the last good state is kept. Exit code 1."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - the user's wish, not an error
+    """The run was asked to end, has saved its state and can be resumed. Exit code 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("interrupted; give the same command with --resume to go on")
+        self.code = code

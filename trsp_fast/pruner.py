@@ -25,7 +25,7 @@ from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines
-from trsp_fast.run.state import staged_output, write_json
+from trsp_fast.run.output import staged_output, write_json
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.transfer import transfer
 

@@ -3,6 +3,8 @@
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,60 +12,130 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
-from trsp_fast.engine.objective import distillation_loss, epochs_of_batches
+from trsp_fast.engine.objective import WindowOrder, distillation_loss
+from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
 from trsp_fast.engine.precision import fp32_weights
-from trsp_fast.errors import CheckFailed
+from trsp_fast.engine.readback import Figures, Readback
+from trsp_fast.engine.session import Session
+from trsp_fast.engine.streak import Streak
+from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.run.events import Events
+from trsp_fast.run.state import State
 
 BATCH = 4  # windows a step by default: many small steps, since few tokens are spent
 
 
+@dataclass
+class _Training:
+    """What one call of `transfer` carries from step to step; `done` steps of `steps` are finished."""
+
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
+    settings: TransferConfig
+    session: Session
+    gates: LayerGates
+    tokens: Tensor
+    order: WindowOrder
+    steps: int
+    autocast: AbstractContextManager
+    weights: Named
+    optimizer: torch.optim.Optimizer
+    done: int = 0
+    readback: Readback = field(default_factory=Readback)
+    streak: Streak = field(default_factory=lambda: Streak("2", "transfer.lr"))
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
 def transfer(
-    model: PreTrainedModel, tokens: Tensor, layers: Sequence[int], config: TRSPConfig, events: Events | None = None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    layers: Sequence[int],
+    config: TRSPConfig,
+    events: Events | None = None,
+    *,
+    session: Session | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model's weights in place so that `layers` can go: loss + lambda2 * sum of D over `layers`.
 
     Starts with every layer on. Weights of a lower precision than fp32 are trained as fp32 copies under autocast and
-    come back in their dtype. Dropout stays off: the tokens are few and the aim is the model itself.
+    come back in their dtype. Dropout stays off: the tokens are few and the aim is the model itself. A step whose loss
+    or gradient is not finite is not applied.
 
     Args:
         tokens: calibration windows, int64 `[samples, seq]`.
         layers: the layers chosen in stage 1.
+        events: listeners, where there is no `session`.
+        session: what a run carries from stage to stage; see trsp_fast.engine.session.
 
     Returns:
         One entry per step: step, loss, lm_loss, penalty (lambda2 * sum of D), D by layer (null while bypassed), gate,
         lambda2, lr, gradient_norm.
 
     Raises:
-        CheckFailed: loss or gradient is not finite; the weights are then those of the step before.
+        Diverged: loss or gradient was not finite in three steps in a row.
+        Interrupted: the run was asked to end; its state is saved.
     """
-    settings, events = config.transfer, events or Events()
-    batch = config.data.batch or BATCH
-    steps = settings.epochs * math.ceil(len(tokens) / batch)
+    settings, session = config.transfer, session or Session(events or Events())
+    order = WindowOrder(len(tokens), config.data.batch or BATCH, config.seed)
+    steps = settings.epochs * order.steps_per_pass
     if not steps:
         return []
-    batches = epochs_of_batches(tokens, batch, torch.Generator().manual_seed(config.seed))
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if settings.objective == "distill" else None
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(True)
-    history = []
+    model.eval().requires_grad_(False)
+    weights = trainable_weights(model, layers, settings.trainable)
+    teacher = _teacher(model, weights) if settings.objective == "distill" else None
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
     try:
-        with fp32_weights(model) as autocast, _gates(model, layers, settings) as gates:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-            for step in range(steps):
-                batch_tokens = next(batches).to(gates.values.device)
-                with autocast:
-                    entry = _step(model, teacher, batch_tokens, gates, optimizer, settings, step, steps)
-                events.emit("transfer_step", **entry)
-                history.append(entry)
+        with (
+            fp32_weights(model) as autocast,
+            _gates(model, layers, settings) as gates,
+            session.keeper.steps(),
+        ):
+            optimizer = adamw(weights.values(), settings.lr, (0.9, 0.95))
+            run = _Training(
+                model, teacher, settings, session, gates, tokens, order, steps, autocast, weights, optimizer
+            )
+            _resume(run)
+            while run.done < run.steps:
+                _step(run)
+                run.done += 1
+                session.keeper.after_step(lambda: _state(run), always=run.done == run.steps)
+            run.readback.flush()
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         model.train(training)
-    return history
+    return run.history
+
+
+def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str) -> Named:
+    """The parameters that stage 2 trains, by name: `all`, or `neighbours`.
+
+    Neighbours are the layers that stay next to a removed one, on both sides, and every normalisation: they see what
+    the removed layer no longer does.
+    """
+    named = dict(model.named_parameters())
+    if which == "all":
+        return named
+    stack = layer_stack(model)
+    kept = [layer for layer in range(len(stack)) if layer not in layers]
+    beside = {max((k for k in kept if k < layer), default=None) for layer in layers}
+    beside |= {min((k for k in kept if k > layer), default=None) for layer in layers}
+    modules = [stack.layers[layer] for layer in beside if layer is not None]
+    modules += [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    wanted = {parameter for module in modules for parameter in module.parameters()}
+    return {name: parameter for name, parameter in named.items() if parameter in wanted}
+
+
+def _teacher(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
+    """The untouched model: copies of the weights that will be trained, the others shared."""
+    ids = {id(parameter) for parameter in trained.values()}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> LayerGates:
@@ -73,56 +145,98 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
     return gates
 
 
-def _step(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    tokens: Tensor,
-    gates: LayerGates,
-    optimizer: torch.optim.Optimizer,
-    settings: TransferConfig,
-    step: int,
-    steps: int,
-) -> dict[str, Any]:
-    """One optimiser step; its entry of the history."""
-    gate = gate_at(settings, step, steps)
-    weight = lambda2_at(settings, step, steps)
+def _resume(run: _Training) -> None:
+    """Weights, optimiser and history as the saved state has them, where there is one."""
+    state = run.session.keeper.found("transfer")
+    if state is None:
+        return
+    run.done, run.history = state.step, state.values["history"]
+    run.streak.count, run.session.micro_batch = state.values["streak"], state.values["micro_batch"]
+    optimizer = {n.removeprefix("optimizer."): t for n, t in state.tensors.items() if n.startswith("optimizer.")}
+    load_optimizer_state(run.optimizer, run.weights, optimizer)
+    with torch.no_grad():
+        for name, parameter in run.weights.items():
+            parameter.copy_(state.tensors[f"weight.{name}"])
+    run.session.events.emit("resumed", stage="transfer", step=run.done)
+
+
+def _state(run: _Training) -> State:
+    run.readback.flush()
+    values = {"history": run.history, "streak": run.streak.count, "micro_batch": run.session.micro_batch}
+    tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in run.weights.items()}
+    found = optimizer_state(run.optimizer, run.weights)
+    return State("transfer", run.done, values, tensors | {f"optimizer.{name}": value for name, value in found.items()})
+
+
+def _step(run: _Training) -> None:
+    """One optimiser step; its entry of the history follows when its figures have arrived."""
+    settings, gates, device = run.settings, run.gates, run.gates.values.device
+    step, gate, weight = run.done, gate_at(run.settings, run.done, run.steps), lambda2_at(settings, run.done, run.steps)
     gates.values.fill_(gate)
     if gate == 0 and (settings.lambda2 == 0 or settings.detach_input):
         gates.bypass(gates.layers)  # out of the function, and of the loss or with a D of their own: do not compute
         gates.with_norms = settings.lambda2 > 0
-    output = model(input_ids=tokens, labels=tokens, use_cache=False)
-    objective = output.loss
-    if teacher is not None:
-        with torch.no_grad():
-            target = teacher(input_ids=tokens, use_cache=False).logits
-        objective = distillation_loss(output.logits, target)
-    distances = gates.distances(settings.norm)
-    penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
-    loss = objective + penalty
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-    if not torch.isfinite(loss) or not torch.isfinite(norm):
-        raise CheckFailed(
-            f"the loss is {float(loss.detach())} with gradient norm {float(norm)} in step {step} of stage 2; "
-            "lower transfer.lr or check the data."
-        )
-    rate = settings.lr * learning_rate_factor(settings.warmup, step, steps)
-    for group in optimizer.param_groups:
+    rows = run.order.rows(step)
+    sums: Figures = {}
+
+    def begin() -> None:
+        run.optimizer.zero_grad()
+        sums.update({name: torch.zeros((), device=device) for name in ("loss", "lm_loss", "penalty")})
+        sums["D"] = torch.full_like(gates.values, math.nan)  # stays where a layer has no D
+
+    def work(part: Tensor, share: float) -> None:
+        tokens = run.tokens[part].to(device)
+        with run.autocast:
+            lm_loss, objective = _objective(run, tokens)
+        distances = gates.distances(settings.norm)
+        penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
+        loss = objective + penalty
+        (loss * share).backward()
+        for name, value in (("loss", loss), ("lm_loss", lm_loss), ("penalty", penalty)):
+            sums[name] += value.detach() * share
+        for layer, d in distances.items():
+            sums["D"][layer] = sums["D"][layer].nan_to_num(0.0) + d.detach() * share
+
+    run.session.accumulate(rows, work, begin)
+    run.session.group.sum([*sums.values(), *(p.grad for p in run.weights.values() if p.grad is not None)])
+    norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
+    finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
+    rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)
+    for group in run.optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    return {
+    entry = {"gate": gate if settings.gate == "anneal" else 1.0, "lambda2": weight, "lr": rate}
+    figures = {**sums, "norm": norm, "finite": finite}
+    run.readback.put(figures, lambda host: _note(run, step, rows, entry, host))
+    step_if(run.optimizer, finite)
+
+
+def _objective(run: _Training, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The language model loss, and what is minimised: that, or the distance to the untouched model's logits."""
+    output = run.model(input_ids=tokens, labels=tokens, use_cache=False)
+    if run.teacher is None:
+        return output.loss, output.loss
+    with torch.no_grad():
+        target = run.teacher(input_ids=tokens, use_cache=False).logits
+    return output.loss, distillation_loss(output.logits, target)
+
+
+def _note(run: _Training, step: int, rows: Tensor, settings: dict[str, float], host: Figures) -> None:
+    """One step's entry of the history, as plain values, once they have arrived."""
+    distances = {layer: float(host["D"][layer]) for layer in run.gates.layers}
+    entry = {
         "step": step,
-        "steps": steps,
-        "loss": float(loss.detach()),
-        "lm_loss": float(output.loss.detach()),
-        "penalty": float(penalty.detach()),
-        "D": {layer: float(distances[layer].detach()) if layer in distances else None for layer in gates.layers},
-        "gate": gate if settings.gate == "anneal" else 1.0,
-        "lambda2": weight,
-        "lr": rate,
-        "gradient_norm": float(norm),
+        "steps": run.steps,
+        "loss": float(host["loss"]),
+        "lm_loss": float(host["lm_loss"]),
+        "penalty": float(host["penalty"]),
+        "D": {layer: None if math.isnan(d) else d for layer, d in distances.items()},
+        **settings,
+        "gradient_norm": float(host["norm"]),
     }
+    run.history.append(entry)
+    run.session.events.emit("transfer_step", **entry)
+    what = f"loss is {entry['loss']} with gradient norm {entry['gradient_norm']}"
+    run.streak.take(bool(host["finite"]), what, f"step {step}", rows)
 
 
 def gate_at(settings: TransferConfig, step: int, steps: int) -> float:

@@ -5,7 +5,7 @@ import torch
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.objective import mean_loss
-from trsp_fast.errors import CheckFailed, UserError
+from trsp_fast.errors import Diverged, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
@@ -117,8 +117,8 @@ def test_gates_of_removed_layers_stop_moving(llama, tokens):
     with pytest.MonkeyPatch.context() as patch:
         original = trsp_stage_1._move_gates
 
-        def watched(learning):
-            original(learning)
+        def watched(learning, finite):
+            original(learning, finite)
             seen.append((set(learning.alive), learning.gates.values.detach().clone()))
 
         patch.setattr(trsp_stage_1, "_move_gates", watched)
@@ -187,9 +187,26 @@ def test_in_output_mode_the_last_gate_has_no_gradient(llama, tokens):
     assert gates.values.grad[5].abs() < 1e-3 * gates.values.grad.abs().max()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(llama, tokens):
-    with pytest.raises(CheckFailed, match="loss is nan in round 0"):
-        choose(llama, tokens, config(optimizer="sgd", lr=1e38, lambda1=1e38))
+def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(llama, tokens):
+    with pytest.raises(Diverged, match=r"loss is nan in round 0, step 3 of stage 1 \(calibration windows "):
+        choose(llama, tokens, config(optimizer="sgd", lr=1e38, lambda1=1e38, steps_per_round=6))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "natural"])
+def test_a_step_that_is_not_finite_is_not_applied(llama, tokens, monkeypatch, optimizer):
+    """Nor does it count in the curvature, nor in Adam's averages: all goes on as if it had not been."""
+    original, calls = trsp_stage_1.language_model_loss, []
+
+    def poisoned(model, batch):
+        calls.append(batch)
+        return original(model, batch) * (float("nan") if len(calls) == 2 else 1.0)
+
+    settings = config(count=1, optimizer=optimizer, lr=0.05, steps_per_round=4)
+    clean = choose(llama, tokens[:4], config(count=1, optimizer=optimizer, lr=0.05, steps_per_round=3))
+    monkeypatch.setattr(trsp_stage_1, "language_model_loss", poisoned)
+    history = choose(llama, tokens[:4], settings).history
+    assert [e["gates"] for e in history[2:]] == [e["gates"] for e in clean.history[1:]]
+    assert history[1]["gates"] == history[2]["gates"]
 
 
 def test_same_seed_same_choice_to_the_bit(llama, tokens):

@@ -1,6 +1,6 @@
 """The losses of both stages, and how batches are drawn."""
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
@@ -35,9 +35,21 @@ def mean_loss(model: PreTrainedModel, tokens: Tensor, batch: int = INFERENCE_BAT
     return float(total / len(tokens))
 
 
-def epochs_of_batches(tokens: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches: each pass visits every window once, in a fresh order; its last batch may be smaller."""
-    while True:
-        order = torch.randperm(len(tokens), generator=generator)
-        for rows in order.split(batch):
-            yield tokens[rows]
+class WindowOrder:
+    """Which windows a step sees: each pass visits every window once, in a fresh order; its last batch may be smaller.
+
+    A pure function of seed and step, so that a resumed run sees what the interrupted one would have seen.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch = count, batch
+        self.steps_per_pass = math.ceil(count / batch)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._passes: list[Tensor] = []
+
+    def rows(self, step: int) -> Tensor:
+        """Indices of the windows of one step, int64 `[windows]`."""
+        number, place = divmod(step, self.steps_per_pass)
+        while len(self._passes) <= number:
+            self._passes.append(torch.randperm(self.count, generator=self._generator))
+        return self._passes[number][place * self.batch : (place + 1) * self.batch]

@@ -26,7 +26,7 @@ from trsp_fast.models.checkpoint_files import (
     weight_files,
 )
 from trsp_fast.models.families import disk_obstacle, layer_count, slice_config, text_fields
-from trsp_fast.run.state import staged_output, write_json
+from trsp_fast.run.output import staged_output, write_json
 
 # Other forms of the same weights; the unpruned ones must not lie beside the pruned model.
 WEIGHT_SUFFIXES = (

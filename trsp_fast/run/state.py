@@ -1,141 +1,221 @@
-"""Outputs that appear whole or not at all."""
+"""What an interrupted run goes on from: atomic, checksummed states, and when they are saved.
 
-import contextlib
+A state is two files: NUMBER.safetensors (tensors) and NUMBER.json (plain values, and the sha256 of both). The JSON is
+renamed into place last, after both were flushed, so that a state is there whole or not at all. The two newest are kept:
+where the newest is damaged, the one before it counts.
+"""
+
 import errno
-import fcntl
-import glob
+import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trsp_fast.errors import UserError
+from torch import Tensor
+
+from trsp_fast.errors import Interrupted
+from trsp_fast.run.output import flush_folder, write_durably
+
+KEPT = 2  # states on disk: the newest, and the one before it in case the newest is damaged
+AUTO_SHARE = 20  # without save_every, saving takes at most one part in so many of a run's time
 
 
-def check_output(out: str | Path) -> Path:
-    """The output folder, known to be creatable: refuses early what would fail after hours.
+@dataclass(frozen=True)
+class State:
+    """Plain values (JSON can say them) and tensors by name; `stage` and `step` say how far the run was."""
 
-    Raises:
-        UserError: it is a file, is not empty, or its parent cannot be written.
-    """
-    path = Path(os.path.realpath(out))
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output {str(out)!r} is a file; give a folder that does not exist yet or is empty.")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"output {str(out)!r} is not empty; give a new or empty folder, or remove it first.")
-    with _parents_of(path, out), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
-        pass
-    return path
+    stage: str
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
-    """The folders above `path` exist inside; those made for it that are still empty afterwards are removed again."""
-    missing = [parent for parent in path.parents if not parent.exists()]
+class StateStore:
+    """The states of one run in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write a new state and drop all but the newest two.
+
+        Raises:
+            OSError: with ENOSPC where the disk is full; the states before are intact then.
+        """
+        number = max(self._numbers(), default=0) + 1
+        path = self.folder / f"{number:06}.safetensors"
+        digest = _write_tensors(tensors, path)
+        text = json.dumps(values)
+        envelope = {"tensors": digest, "values": hashlib.sha256(text.encode()).hexdigest(), "content": text}
+        write_durably(path.with_suffix(".json"), json.dumps(envelope).encode())
+        for old in self._numbers()[:-KEPT]:
+            self._remove(old)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The newest state that is whole, None where there is none."""
+        for number in reversed(self._numbers()):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                return self._read(self.folder / f"{number:06}")
+        return None
+
+    def _read(self, stem: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from safetensors.torch import load_file
+
+        envelope = json.loads(stem.with_suffix(".json").read_text())
+        text, path = envelope["content"], stem.with_suffix(".safetensors")
+        if hashlib.sha256(text.encode()).hexdigest() != envelope["values"] or _digest(path) != envelope["tensors"]:
+            raise ValueError(f"{stem} is damaged")
+        return json.loads(text, object_hook=_whole_keys), load_file(path)
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
+
+    def _remove(self, number: int) -> None:
+        for suffix in (".json", ".safetensors"):
+            with suppress(FileNotFoundError):
+                (self.folder / f"{number:06}{suffix}").unlink()
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
+    """A safetensors file that is there whole or not at all; its sha256."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"output {str(out)!r} cannot be created ({error.strerror}); give a folder that can be written."
-        ) from None
-    try:
-        yield
-    finally:
-        for parent in missing:
-            with contextlib.suppress(OSError):  # not empty, or another run was faster
-                parent.rmdir()
-
-
-@contextlib.contextmanager
-def staged_output(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` by one rename when the block ends well, and vanishes else.
-
-    Every file is flushed to the disk before the rename. What a killed run left of its own temporary folder goes first.
-
-    Raises:
-        UserError: `out` cannot be created (see `check_output`), or there is no space left.
-    """
-    path = check_output(out)
-    with _parents_of(path, out):
-        _clear_abandoned(path)
-        stage, lock = _locked_folder(path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        descriptor = os.open(partial, os.O_RDONLY)
         try:
-            yield stage
-            _flush(stage)
-            stage.chmod(0o755)
-            check_output(out)  # somebody may have filled it meanwhile
-            os.rename(stage, path)
-            _flush_folder(path.parent)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise UserError(
-                f"no space left for {str(out)!r} ({error.strerror}); nothing was written, make room."
-            ) from None
+            os.fsync(descriptor)
         finally:
-            os.close(lock)
-            shutil.rmtree(stage, ignore_errors=True)
+            os.close(descriptor)
+        digest = _digest(partial)
+        os.rename(partial, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, SafetensorError) and "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    flush_folder(path.parent)
+    return digest
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new temporary folder of `path` and the descriptor that locks it until this process ends, however it does."""
-    while True:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole_keys(values: dict[str, Any]) -> dict[Any, Any]:
+    """JSON turns the layer numbers that are keys into text: turn them back."""
+    return {int(key) if key.isdigit() else key: value for key, value in values.items()}
+
+
+class Stop:
+    """A wish to end. Outside of steps it ends the run where it is, inside the step is finished and saved first."""
+
+    def __init__(self) -> None:
+        self.code = 0  # what to exit with, 0 where nobody wants to end
+        self._stepping = False
+
+    def install(self) -> None:
+        """Take SIGINT and SIGTERM; a second one ends at once."""
+        signal.signal(signal.SIGINT, self._receive)
+        signal.signal(signal.SIGTERM, self._receive)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        self._stepping = True
         try:
-            stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-            lock = os.open(stage, os.O_RDONLY)
-        except FileNotFoundError:  # another run removed it, or the parent that it had made
-            path.parent.mkdir(parents=True, exist_ok=True)
-            continue
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if stage.is_dir():  # else another run took it for abandoned before the lock was ours
-            return stage, lock
-        os.close(lock)
+            yield
+        finally:
+            self._stepping = False
 
-
-def _clear_abandoned(path: Path) -> None:
-    """Remove temporary folders of `path` whose process is gone: nobody holds their lock."""
-    for stage in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if stage.is_symlink() or not stage.is_dir():
-            continue
-        try:
-            lock = os.open(stage, os.O_RDONLY)
-        except FileNotFoundError:  # it became what it was made for, or another run cleared it
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another run is at work, or the file system has no locks
-            continue
+    def _receive(self, number: int, _frame: object) -> None:
+        code = 130 if number == signal.SIGINT else 143
+        if self._stepping and not self.code:
+            self.code = code
+        elif code == 130:
+            raise KeyboardInterrupt
         else:
-            shutil.rmtree(stage, ignore_errors=True)
-        finally:
-            os.close(lock)
+            raise SystemExit(code)
 
 
-def write_json(path: Path, values: dict[str, Any], *, strict: bool = True) -> None:
-    """Readable JSON; `strict` refuses NaN and infinity, which configurations of other tools do have."""
-    path.write_text(json.dumps(values, indent=1, allow_nan=not strict) + "\n", encoding="utf-8")
+class Keeper:
+    """Keeps what a run has done, and ends it between two steps when asked to.
 
+    Without a store nothing is kept and all methods still work, so that stages need not know.
 
-def _flush(folder: Path) -> None:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _flush_folder(Path(directory))
+    Args:
+        store: where states go.
+        every: save after so many steps; 0 saves as often as takes a twentieth of the time.
+        stop: who may ask for the end.
+    """
 
+    def __init__(self, store: StateStore | None = None, every: int = 0, stop: Stop | None = None) -> None:
+        self.store, self.every, self.stop = store, every, stop or Stop()
+        self.facts: dict[str, Any] = {}  # what is known for good: perplexities, the chosen layers, ...
+        self.base: dict[str, Tensor] = {}  # weights as stage 1 left them, where it trained them
+        self._found: State | None = None
+        self._since = time.monotonic()
+        self._cost = 0.0
+        self._steps = 0
+        loaded = store.load() if store else None
+        if loaded:
+            values, tensors = loaded
+            self.facts = values["facts"]
+            self.base = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("base.")}
+            rest = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("stage.")}
+            self._found = State(values["stage"], values["step"], values["values"], rest)
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def found(self, stage: str) -> State | None:
+        """Where an interrupted run of `stage` was; asked once, since going on makes it old."""
+        state = self._found
+        if state is None or state.stage != stage:
+            return None
+        self._found = None
+        return state
+
+    def remember(self, name: str, value: Any) -> None:
+        """Save a fact at the end of a stage."""
+        self.facts[name] = value
+        self._save(State(f"after {name}", 0))
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Around a stage's loop: a wish to end waits for `after_step` here."""
+        with self.stop.stepping():
+            yield
+
+    def after_step(self, make: Callable[[], State], *, always: bool = False) -> None:
+        """Save if it is time, or `always`; then end if that is wanted.
+
+        Raises:
+            Interrupted: after the state was saved.
+        """
+        self._steps += 1
+        due = self._steps >= self.every if self.every else time.monotonic() - self._since > AUTO_SHARE * self._cost
+        if self.store and (always or due or self.stop.code):
+            self._save(make())
+        if self.stop.code:
+            if self.store:
+                raise Interrupted(self.stop.code)
+            raise KeyboardInterrupt if self.stop.code == 130 else SystemExit(self.stop.code)
+
+    def _save(self, state: State) -> None:
+        if not self.store:
+            return
+        began = time.monotonic()
+        tensors = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        tensors |= {f"stage.{name}": tensor for name, tensor in state.tensors.items()}
+        values = {"stage": state.stage, "step": state.step, "values": state.values, "facts": self.facts}
+        self.store.save(values, tensors)
+        self._since = time.monotonic()
+        self._cost, self._steps = self._since - began, 0

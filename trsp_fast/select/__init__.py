@@ -7,13 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.session import Session
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.select import shortgpt, sleb, trivial, trsp
 from trsp_fast.select.contract import Selection, candidates
 
-# (model, tokens, count, config, events) -> Selection
-METHODS: dict[str, Callable[[PreTrainedModel, Tensor, int, TRSPConfig, Events], Selection]] = {
+# (model, tokens, count, config, session) -> Selection
+METHODS: dict[str, Callable[[PreTrainedModel, Tensor, int, TRSPConfig, Session], Selection]] = {
     "trsp": trsp.select,
     "shortgpt": shortgpt.select,
     "sleb": sleb.select,
@@ -24,11 +25,17 @@ METHODS: dict[str, Callable[[PreTrainedModel, Tensor, int, TRSPConfig, Events], 
 
 
 def choose_layers(
-    model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, events: Events | None = None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    config: TRSPConfig,
+    events: Events | None = None,
+    *,
+    session: Session | None = None,
 ) -> Selection:
     """Choose the layers that `config` asks to remove, by `config.select.method`, with the evidence for the choice.
 
-    The model comes back as it was, except its weights under `select.train_weights`.
+    The model comes back as it was, except its weights under `select.train_weights`. `session` is what a run carries
+    from stage to stage; without one, `events` are its listeners.
 
     Raises:
         UserError: the amount cannot be removed, also after protection; see `TRSPConfig.layer_count`.
@@ -42,7 +49,7 @@ def choose_layers(
         )
     training = model.training
     try:
-        return METHODS[config.select.method](model, tokens, count, config, events or Events())
+        return METHODS[config.select.method](model, tokens, count, config, session or Session(events or Events()))
     finally:
         model.train(training)
 

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.objective import INFERENCE_BATCH
+from trsp_fast.engine.session import Session
 from trsp_fast.models.families import layer_stack
-from trsp_fast.run.events import Events
 from trsp_fast.select.contract import Selection, candidates
 
 
@@ -37,11 +37,11 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
     return (1 - sums / tokens.numel()).tolist()
 
 
-def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, events: Events) -> Selection:
+def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
     """The `count` layers of smallest block influence, all from one measurement."""
     influence = block_influence(model, tokens)
     for layer, value in enumerate(influence):
-        events.emit("candidate", layer=layer, block_influence=value)
+        session.events.emit("candidate", layer=layer, block_influence=value)
     ranked = sorted(candidates(model, config), key=lambda layer: influence[layer])
     history = [{"layer": layer, "block_influence": value} for layer, value in enumerate(influence)]
     return Selection(ranked[:count], history, len(tokens))

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.session import Session
 from trsp_fast.models.gates import bypassed
-from trsp_fast.run.events import Events
 from trsp_fast.select.contract import Selection, candidates
 
 
@@ -19,7 +19,7 @@ def losses_without(model: PreTrainedModel, tokens: Tensor, gone: list[int], laye
     return losses
 
 
-def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, events: Events) -> Selection:
+def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
     """`count` rounds, each trying every layer that is left."""
     chosen: list[int] = []
     history, cost = [], 0
@@ -30,5 +30,5 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         chosen.append(min(alive, key=lambda layer: losses[layer]))
         entry = {"round": round_index, "layer": chosen[-1], "losses": losses}
         history.append(entry)
-        events.emit("round", **entry)
+        session.events.emit("round", **entry)
     return Selection(chosen, history, cost, history)

@@ -5,21 +5,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
-from trsp_fast.run.events import Events
+from trsp_fast.engine.session import Session
 from trsp_fast.select.contract import Selection, candidates
 
 
-def last(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _events: Events) -> Selection:
+def last(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _session: Session) -> Selection:
     """The last layers that may go."""
     return Selection(candidates(model, config)[-count:])
 
 
-def first(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _events: Events) -> Selection:
+def first(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _session: Session) -> Selection:
     """The first layers that may go."""
     return Selection(candidates(model, config)[:count])
 
 
-def random(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _events: Events) -> Selection:
+def random(model: PreTrainedModel, _tokens: Tensor, count: int, config: TRSPConfig, _session: Session) -> Selection:
     """Layers drawn without replacement by `config.seed`."""
     allowed = candidates(model, config)
     order = torch.randperm(len(allowed), generator=torch.Generator().manual_seed(config.seed))

@@ -16,11 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import SelectConfig, TRSPConfig
-from trsp_fast.engine.objective import epochs_of_batches, language_model_loss, mean_loss
+from trsp_fast.engine.objective import WindowOrder, language_model_loss, mean_loss
+from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
 from trsp_fast.engine.precision import fp32_weights
-from trsp_fast.errors import CheckFailed
+from trsp_fast.engine.readback import Figures, Readback
+from trsp_fast.engine.session import Session
+from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
-from trsp_fast.run.events import Events
+from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
 from trsp_fast.select.sleb import losses_without
 
@@ -31,25 +34,35 @@ DAMPING = 1e-4  # added to F in the natural step, so that a gate without any gra
 
 @dataclass
 class _Learning:
-    """What one call of `select` carries from step to step."""
+    """What one call of `select` carries from step to step. `done` are the finished steps of the round `index`."""
 
     model: PreTrainedModel
     config: SelectConfig
+    session: Session
     gates: LayerGates
     alive: list[int]
-    batches: Iterator[Tensor]
+    tokens: Tensor
+    order: WindowOrder
     steps: int
-    events: Events
     autocast: AbstractContextManager
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    weights: Named
+    index: int = 0
+    done: int = 0
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     curvature: Tensor = field(default_factory=lambda: torch.zeros(0))
+    counted: Tensor = field(default_factory=lambda: torch.zeros(0))  # steps of the round that F is a mean of
+    readback: Readback = field(default_factory=Readback)
+    streak: Streak = field(default_factory=lambda: Streak("1", "select.lr"))
+    chosen: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     cost: int = 0
 
 
-def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, events: Events) -> Selection:
+def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
     """Learn the gates round by round; each round removes one layer (`oneshot`: one round removes them all).
+
+    A step whose loss or gradient is not finite is not applied.
 
     Args:
         model: weights stay frozen and untouched unless `select.train_weights`.
@@ -61,67 +74,160 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         gates, gradients (mean and per sequence), D; bypassed and protected layers are null there.
 
     Raises:
-        CheckFailed: the loss is not finite.
+        Diverged: loss or gradient was not finite in three steps in a row.
+        Interrupted: the run was asked to end; its state is saved.
     """
     settings, batch = config.select, config.data.batch or BATCH
-    allowed = _unprotected(model, config, count, events)
-    generator = torch.Generator().manual_seed(config.seed)
-    steps = settings.steps_per_round or -(-len(tokens) // batch)
-    chosen: list[int] = []
+    allowed = _unprotected(model, config, count, session)
     model.eval()  # no dropout: the gates measure the layers as they are used
     with (
         _trainable(model, settings.train_weights) as autocast,
         LayerGates(model, mode=settings.gate_mode, layers=allowed) as gates,
+        session.keeper.steps(),
     ):
-        batches = epochs_of_batches(tokens, batch, generator)
-        learning = _Learning(model, settings, gates, allowed, batches, steps, events, autocast)
-        rounds = 1 if settings.schedule == "oneshot" else count
-        for index in range(rounds):
-            _learn_round(learning, index)
-            wanted = count if settings.schedule == "oneshot" else 1
-            for layer in _lowest(learning, tokens, chosen, wanted, index):
-                chosen.append(layer)
-                learning.alive = [other for other in learning.alive if other != layer]
-                gates.bypass([layer])
+        learning = _Learning(
+            model=model,
+            config=settings,
+            session=session,
+            gates=gates,
+            alive=allowed,
+            tokens=tokens,
+            order=WindowOrder(len(tokens), batch, config.seed),
+            steps=settings.steps_per_round or -(-len(tokens) // batch),
+            autocast=autocast,
+            weights=dict(model.named_parameters()) if settings.train_weights else {},
+        )
+        _begin_or_resume(learning)
+        for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
+            _learn_round(learning)
+            _remove(learning, _lowest(learning, count if settings.schedule == "oneshot" else 1))
+            session.keeper.after_step(lambda: _state(learning), always=True)
         if settings.train_weights:
-            _discard_gates(learning, tokens[:JUDGE_WINDOWS])
-    return Selection(chosen, learning.history, learning.cost, learning.rounds)
+            _discard_gates(learning)
+    return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
 
 
-def _learn_round(learning: _Learning, index: int) -> None:
-    """The steps of one round; gates and optimiser start afresh with `reset_gates` or in the first round."""
+def _begin_or_resume(learning: _Learning) -> None:
+    """Gates at 1 and new optimisers, or everything as the saved state has it."""
+    learning.gates.values.data.fill_(1.0)
+    _begin_round(learning)
+    state = learning.session.keeper.found("select")
+    if state is None:
+        return
+    values, tensors = state.values, state.tensors
+    learning.index, learning.done, learning.cost = values["index"], values["done"], values["cost"]
+    learning.history, learning.rounds = values["history"], values["rounds"]
+    learning.streak.count, learning.session.micro_batch = values["streak"], values["micro_batch"]
+    learning.gates.bypass(values["chosen"])
+    learning.chosen = values["chosen"]
+    learning.alive = [layer for layer in learning.alive if layer not in learning.chosen]
+    with torch.no_grad():
+        for name, tensor in _tensors(learning).items():
+            if "optimizer" not in name:
+                tensor.copy_(tensors[name])
+    for kind, optimizer in learning.optimizers.items():
+        prefix = f"optimizer.{kind}."
+        saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        load_optimizer_state(optimizer, _named(learning, kind), saved)
+    learning.session.events.emit("resumed", stage="select", round=learning.index, step=learning.done)
+
+
+def _state(learning: _Learning) -> State:
+    learning.readback.flush()
+    values = {
+        "index": learning.index,
+        "done": learning.done,
+        "chosen": learning.chosen,
+        "cost": learning.cost,
+        "history": learning.history,
+        "rounds": learning.rounds,
+        "streak": learning.streak.count,
+        "micro_batch": learning.session.micro_batch,
+    }
+    return State("select", learning.index * learning.steps + learning.done, values, _tensors(learning))
+
+
+def _tensors(learning: _Learning) -> dict[str, Tensor]:
+    tensors = {"gates": learning.gates.values, "curvature": learning.curvature, "counted": learning.counted}
+    tensors |= {f"weight.{name}": parameter for name, parameter in learning.weights.items()}
+    for kind, optimizer in learning.optimizers.items():
+        found = optimizer_state(optimizer, _named(learning, kind))
+        tensors |= {f"optimizer.{kind}.{name}": tensor for name, tensor in found.items()}
+    return tensors
+
+
+def _named(learning: _Learning, kind: str) -> Named:
+    return {"gates": learning.gates.values} if kind == "gates" else learning.weights
+
+
+def _begin_round(learning: _Learning) -> None:
+    """F starts at nothing; gates and optimisers start afresh with `reset_gates` or in the first round."""
     gates = learning.gates
-    if index == 0 or learning.config.reset_gates:
+    learning.curvature = torch.zeros_like(gates.values)
+    learning.counted = torch.zeros_like(gates.values[0])
+    if learning.index == 0 or learning.config.reset_gates:
         gates.values.data.fill_(1.0)
         learning.optimizers = _optimizers(learning)
-    learning.curvature = torch.zeros_like(gates.values)
-    for step in range(learning.steps):
-        tokens = next(learning.batches).to(gates.values.device)
+
+
+def _learn_round(learning: _Learning) -> None:
+    """The steps of one round that are still to do."""
+    if learning.done == 0:
+        _begin_round(learning)
+    while learning.done < learning.steps:
+        _learn_step(learning)
+        learning.done += 1
+        if learning.done < learning.steps:  # after the last one the choice is next, then the round is saved
+            learning.session.keeper.after_step(lambda: _state(learning))
+    learning.readback.flush()
+
+
+def _learn_step(learning: _Learning) -> None:
+    gates, session, number = learning.gates, learning.session, learning.index * learning.steps + learning.done
+    rows = learning.order.rows(number)
+    sums: Figures = {}
+    sequences: list[Tensor] = []
+
+    def begin() -> None:
+        gates.values.grad = torch.zeros_like(gates.values)
+        for parameter in learning.weights.values():
+            parameter.grad = None
+        sums.update(loss=torch.zeros_like(gates.values[0]), D=torch.zeros_like(gates.values))
+        sequences.clear()
+
+    def work(part: Tensor, weight: float) -> None:
         with learning.autocast:
-            lm_loss = language_model_loss(learning.model, tokens)
-        alive = torch.tensor(learning.alive, device=gates.values.device)
-        penalty = learning.config.lambda1 * gates.values[alive].abs().sum()
-        gates.values.grad = None
-        if not torch.isfinite(lm_loss):
-            raise CheckFailed(
-                f"the loss is {float(lm_loss)} in round {index}, step {step} of stage 1; "
-                "check the weights and the data, or lower select.lr."
-            )
-        lm_loss.backward()
-        learning.cost += 3 * len(tokens)
-        entry = _record(learning, index, step, float(lm_loss.detach()), float(penalty.detach()))
-        rows = gates.gradients()
-        assert rows is not None
-        # The loss is a mean over sequences: a row times their number is that sequence's own gradient.
-        second_moment = (rows * len(rows)).square().mean(0)
-        learning.curvature += (second_moment - learning.curvature) / (step + 1)
-        _move_gates(learning)
-        learning.events.emit("select_step", **entry)
-        learning.history.append(entry)
+            loss = language_model_loss(learning.model, learning.tokens[part].to(gates.values.device))
+        (loss * weight).backward()
+        own = gates.gradients()
+        assert own is not None
+        sequences.append(own * len(rows))  # the loss is a mean over the batch: times its size is each sequence's own
+        sums["loss"] += loss.detach() * weight
+        for layer, d in gates.distances("l2").items():
+            sums["D"][layer] += d.detach() * weight
+
+    session.accumulate(rows, work, begin)
+    gradient = gates.values.grad
+    assert gradient is not None
+    session.group.sum([sums["loss"], sums["D"], gradient, *_gradients(learning.weights)])
+    own = session.group.gather(torch.cat(sequences))
+    finite = torch.isfinite(sums["loss"]) & torch.isfinite(gradient).all()
+    learning.counted += finite
+    change = (own.square().mean(0) - learning.curvature) / learning.counted.clamp(min=1)
+    learning.curvature += torch.where(finite, change, 0.0)
+    learning.cost += 3 * len(rows)
+    figures = {**sums, "gates": gates.values, "gradient": gradient, "sequences": own, "finite": finite}
+    where, alive = (learning.index, learning.done), list(learning.alive)
+    learning.readback.put(figures, lambda host: _note(learning, where, alive, rows, host))
+    _move_gates(learning, finite)
 
 
-def _move_gates(learning: _Learning) -> None:
-    """One step on loss + lambda1 * sum |S|; only gates of alive layers move."""
+def _gradients(weights: Named) -> list[Tensor]:
+    return [parameter.grad for parameter in weights.values() if parameter.grad is not None]
+
+
+def _move_gates(learning: _Learning, finite: Tensor) -> None:
+    """One step on loss + lambda1 * sum |S|; only gates of alive layers move, and none where the step is not finite."""
     gates, settings = learning.gates, learning.config
     alive = torch.zeros_like(gates.values, dtype=torch.bool)
     alive[learning.alive] = True
@@ -132,50 +238,56 @@ def _move_gates(learning: _Learning) -> None:
             gradient = gradient / (learning.curvature + DAMPING)
         gates.values.grad = gradient
     before = gates.values.detach().clone()
-    for optimizer in learning.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    for optimizer in learning.optimizers.values():
+        step_if(optimizer, finite)
     # Adam's momentum would go on moving the gates of removed layers
     gates.values.data.copy_(torch.where(alive, gates.values, before))
 
 
-def _optimizers(learning: _Learning) -> list[torch.optim.Optimizer]:
+def _optimizers(learning: _Learning) -> dict[str, torch.optim.Optimizer]:
     """One for the gates (the natural step is plain descent on the divided gradient), AdamW for trained weights."""
     settings, values = learning.config, [learning.gates.values]
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
-    optimizers: list[torch.optim.Optimizer] = [kind(values, lr=settings.lr)]
+    optimizers: dict[str, torch.optim.Optimizer] = {"gates": kind(values, lr=settings.lr, fused=True)}
     if settings.train_weights:
-        weights = learning.model.parameters()
-        optimizers.append(torch.optim.AdamW(weights, lr=settings.weights_lr, weight_decay=0.0))
+        optimizers["weights"] = adamw(learning.weights.values(), settings.weights_lr, (0.9, 0.999))
     return optimizers
 
 
-def _record(learning: _Learning, index: int, step: int, lm_loss: float, penalty: float) -> dict[str, Any]:
-    """One step's entry of the history, as plain values."""
-    gates, rows = learning.gates, learning.gates.gradients()
-    assert rows is not None
-    assert gates.values.grad is not None
-    distances = {layer: float(d.detach()) for layer, d in gates.distances("l2").items()}
-    return {
-        "round": index,
-        "step": step,
+def _note(learning: _Learning, where: tuple[int, int], alive: list[int], rows: Tensor, host: Figures) -> None:
+    """One step's entry of the history, as plain values, once they have arrived."""
+    values, lm_loss = host["gates"], float(host["loss"])
+    entry = {
+        "round": where[0],
+        "step": where[1],
         "steps": learning.steps,
-        "loss": lm_loss + penalty,
+        "loss": lm_loss + learning.config.lambda1 * float(values[alive].abs().sum()),
         "lm_loss": lm_loss,
-        "gates": _by_layer(learning, gates.values.tolist()),
-        "gradients": _by_layer(learning, gates.values.grad.tolist()),
-        "sequence_gradients": [_by_layer(learning, row) for row in (rows * len(rows)).tolist()],
-        "D": _by_layer(learning, [distances.get(layer) for layer in range(len(gates.stack))]),
+        "gates": _by_layer(alive, values.tolist()),
+        "gradients": _by_layer(alive, host["gradient"].tolist()),
+        "sequence_gradients": [_by_layer(alive, row) for row in host["sequences"].tolist()],
+        "D": _by_layer(alive, host["D"].tolist()),
     }
+    learning.history.append(entry)
+    learning.session.events.emit("select_step", **entry)
+    learning.streak.take(bool(host["finite"]), f"loss is {lm_loss}", f"round {where[0]}, step {where[1]}", rows)
 
 
-def _by_layer(learning: _Learning, values: list[Any]) -> list[Any]:
+def _by_layer(alive: list[int], values: list[Any]) -> list[Any]:
     """The values of alive layers, None for bypassed and protected ones."""
-    alive = set(learning.alive)
     return [value if layer in alive else None for layer, value in enumerate(values)]
 
 
-def _lowest(learning: _Learning, tokens: Tensor, chosen: list[int], wanted: int, index: int) -> list[int]:
+def _remove(learning: _Learning, layers: list[int]) -> None:
+    """Bypass what the round has chosen; the next one begins."""
+    layers = learning.session.group.agree(layers)
+    learning.chosen = [*learning.chosen, *layers]
+    learning.alive = [layer for layer in learning.alive if layer not in layers]
+    learning.gates.bypass(layers)
+    learning.index, learning.done = learning.index + 1, 0
+
+
+def _lowest(learning: _Learning, wanted: int) -> list[int]:
     """The `wanted` lowest layers by the configured rank, or by real bypass among a shortlist of them."""
     gates, settings = learning.gates, learning.config
     score = learning.curvature if settings.rank == "fisher" else gates.values.detach().abs()
@@ -183,43 +295,43 @@ def _lowest(learning: _Learning, tokens: Tensor, chosen: list[int], wanted: int,
     judged: dict[int, float] = {}
     if settings.shortlist > 1:
         short = ranked[: max(settings.shortlist, wanted)]
-        judge = tokens[:JUDGE_WINDOWS]
+        judge = learning.tokens[:JUDGE_WINDOWS]
         with gates.neutral():
             judged = losses_without(learning.model, judge, [], short)
         learning.cost += len(judge) * len(short)
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
         entry = {
-            "round": index,
+            "round": learning.index,
             "layer": layer,
             "gate": float(gates.values[layer].detach()),
             "curvature": float(learning.curvature[layer]),
             "judged": judged,
-            "gates": _by_layer(learning, gates.values.tolist()),
-            "curvatures": _by_layer(learning, learning.curvature.tolist()),
+            "gates": _by_layer(learning.alive, gates.values.tolist()),
+            "curvatures": _by_layer(learning.alive, learning.curvature.tolist()),
         }
         learning.rounds.append(entry)
-        learning.events.emit("round", **entry)
+        learning.session.events.emit("round", **entry)
     return ranked[:wanted]
 
 
-def _discard_gates(learning: _Learning, tokens: Tensor) -> None:
+def _discard_gates(learning: _Learning) -> None:
     """Stage 2 goes on with the trained weights but without the gates that they were trained with: log the jump."""
-    gates = learning.gates
+    gates, tokens = learning.gates, learning.tokens[:JUDGE_WINDOWS]
     gates.restore(gates.bypassed)
     with_gates = mean_loss(learning.model, tokens)
     with gates.neutral():
         without_gates = mean_loss(learning.model, tokens)
-    learning.events.emit("gates_discarded", loss_with_gates=with_gates, loss_without_gates=without_gates)
+    learning.session.events.emit("gates_discarded", loss_with_gates=with_gates, loss_without_gates=without_gates)
 
 
-def _unprotected(model: PreTrainedModel, config: TRSPConfig, count: int, events: Events) -> list[int]:
+def _unprotected(model: PreTrainedModel, config: TRSPConfig, count: int, session: Session) -> list[int]:
     """The layers that carry a gate. In output mode the last one must not: the final norm removes its scale."""
     allowed = candidates(model, config)
     last = candidates(model, config, protect=False)[-1]
     if config.select.gate_mode == "output" and last in allowed and len(allowed) > count:
         allowed.remove(last)
-        events.note(
+        session.events.note(
             f"layer {last} carries no gate: in output mode the final norm removes its scale, so that the l1 penalty "
             "alone would choose it; select.protect_last=1 says the same."
         )

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from trsp_fast.errors import UserError
-from trsp_fast.run.state import check_output, staged_output
+from trsp_fast.run.output import check_output, staged_output
 
 
 def test_the_output_appears_whole_at_the_end(tmp_path):
