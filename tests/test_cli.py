@@ -319,11 +319,23 @@ def test_no_space_is_one_sentence(run, model, tokens, tmp_path, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("trsp_fast.pruner.save_checkpoint", full)
-    code, _, error = run("prune", model, "--num-layers", 1, "--data", tokens, "--out", tmp_path / "out", *QUICK)
+    command = ("prune", model, "--num-layers", 1, "--data", tokens, "--out", tmp_path / "out", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr("trsp_fast.pruner.save_checkpoint", full)
+        code, _, error = run(*command)
     assert code == 2
     assert "no space left" in error
-    assert os.listdir(tmp_path) == []
+    assert "what was done is kept, make room and give --resume" in error
+    code, _, error = run(*command)
+    assert code == 2
+    assert "give --resume to go on with it or --restart to discard it" in error
+    code, _, error = run(*command, "--seed", 1, "--resume")
+    assert code == 2
+    assert "the interrupted run had config.seed = 0, this one has 1" in error
+    assert run(*command, "--resume", "--restart")[0] == 2
+    assert run(*command, "--resume")[0] == 0
+    assert os.listdir(tmp_path) == ["out"]
+    assert not (tmp_path / "out" / ".trsp" / "state").exists()
 
 
 def test_a_really_full_disk_leaves_nothing(run, stories_folder, tmp_path):
@@ -344,19 +356,46 @@ def test_a_really_full_disk_leaves_nothing(run, stories_folder, tmp_path):
     assert left == []
 
 
-def test_ctrl_c_exits_130_without_a_traceback(model, tokens, tmp_path):
+@pytest.mark.parametrize(("wish", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(model, tokens, tmp_path, wish, exit_code):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "trsp_fast", "prune", model, "--num-layers", "1", "--data", tokens, "--out", out]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    process = subprocess.Popen([*command, "--set", "transfer.epochs=100000"], **options)
+    command += ["--set", "transfer.epochs=100000"]
+    process = subprocess.Popen(command, **options)
     for line in process.stdout:
         if "stage 2" in line:
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(wish)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == "trsp-fast: interrupted; nothing was written.\n"
+    assert process.returncode == exit_code
+    assert error == "trsp-fast: interrupted; give the same command with --resume to go on.\n"
+    assert os.listdir(tmp_path) == [".out.unfinished"]
+    process = subprocess.Popen([*command, "--resume"], **options)
+    for line in process.stdout:
+        if "going on with step" in line:
+            break
+    second = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert second.returncode == 2
+    assert "another run is at work on" in second.stderr
+    process.kill()
+    process.communicate()
+    lines = (tmp_path / ".out.unfinished" / ".trsp" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    (index,) = (number for number, event in enumerate(events) if event["event"] == "resumed")
+    done = [event["step"] for event in events[:index] if event["event"] == "transfer_step"]
+    assert events[index]["step"] == len(done) > 0  # the step was finished and saved: nothing is repeated
+
+
+def test_an_interrupted_run_that_has_saved_nothing_leaves_nothing(model, tokens, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "trsp_fast", "prune", model, "--num-layers", "1", "--data", tokens, "--out", out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(1)  # it is still importing
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
     assert os.listdir(tmp_path) == []
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trsp_fast.errors import CheckFailed, UserError
+from trsp_fast.errors import CheckFailed, Interrupted, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -59,6 +59,11 @@ ConfigFile = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="One field, for example transfer.norm=l1; repeatable.")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of --out.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard an interrupted run of --out.")]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Resume although model, data, settings or versions differ.")
+]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluate on this instead of a part of --data.")]
 
 
@@ -72,11 +77,12 @@ def demo(
     preset: Preset = None,
     settings: Settings = None,
 ) -> None:
-    """Prune 3 of the 12 layers of the built-in model, start to report."""
+    """Prune 3 of the 12 layers of the built-in model, start to report. An interrupted demo begins anew."""
     out = out or Path("demo-pruned")
     settings = ["num_layers=3", "data.samples=256", *(settings or [])]
     values = _values(None, None, None, seed, preset, None, settings, device, dtype)
-    _prune(_resolved("demo"), "demo", None, out, values, as_json, title="the built-in demo model")
+    demo_model = _resolved("demo")
+    _prune(demo_model, "demo", None, out, values, as_json, _Again(restart=True), title="the built-in demo model")
 
 
 @app.command()
@@ -96,11 +102,17 @@ def prune(
     dtype: Dtype = "auto",
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
+    resume: Resume = False,
+    restart: Restart = False,
+    accept_changes: AcceptChanges = False,
     as_json: Json = False,
 ) -> None:
     """Choose layers, move their knowledge out, remove them, prove the result and write it."""
     values = _values(ratio, num_layers, layers, seed, preset, config, settings, device, dtype)
-    _prune(model, data, eval_data, out, values, as_json, revision=revision, remote_code=allow_remote_code)
+    if resume and restart:
+        raise UserError("--resume and --restart were both given; they exclude each other, give one of them.")
+    again = _Again(resume or accept_changes, restart, accept_changes)
+    _prune(model, data, eval_data, out, values, as_json, again, revision=revision, remote_code=allow_remote_code)
 
 
 @app.command()
@@ -333,6 +345,8 @@ def main() -> None:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing was written.", 130)
+    except Interrupted as error:
+        code = _fail(f"{error}.", error.code)
     except UserError as error:
         code = _fail(str(error), 2)
     except CheckFailed as error:
@@ -351,6 +365,15 @@ def _terminate(*_arguments: object) -> None:
     sys.exit(143)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """What to do about an interrupted run of the same output; see trsp_fast.pruner.prune."""
+
+    resume: bool = False
+    restart: bool = False
+    accept_changes: bool = False
+
+
 def _prune(
     model: str,
     data: str,
@@ -358,6 +381,7 @@ def _prune(
     out: Path,
     values: dict[str, Any],
     as_json: bool,
+    again: "_Again",
     *,
     revision: str | None = None,
     remote_code: bool = False,
@@ -367,6 +391,7 @@ def _prune(
     from trsp_fast.data import check_source
     from trsp_fast.pruner import prune as run
     from trsp_fast.run.output import check_output
+    from trsp_fast.run.state import Stop
 
     config = TRSPConfig.from_dict(values)
     check_output(out)
@@ -387,9 +412,10 @@ def _prune(
             f"the data has {len(tokens)} windows of {tokens.shape[1]} tokens, fewer than data.samples = "
             f"{config.data.samples}; all of them are used."
         )
-    result = run(
-        loaded, tokens, config, out=out, evaluation=evaluation, tokenizer=tokenizer, about=about, events=events
-    )
+    stop = Stop()
+    stop.install()
+    extras: dict[str, Any] = {"evaluation": evaluation, "tokenizer": tokenizer, "about": about, "events": events}
+    result = run(loaded, tokens, config, out=out, **extras, stop=stop, **dataclasses.asdict(again))
     if as_json:
         print(json.dumps({"out": str(out), **result.report}))
     else:

@@ -1,6 +1,7 @@
 """prune(): select -> transfer -> remove -> verify -> save."""
 
 import copy
+import json
 import math
 import platform
 import time
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from trsp_fast.config import TRSPConfig, checked_layers
 from trsp_fast.data import check_vocabulary
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
+from trsp_fast.engine.session import Session
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
@@ -25,7 +27,9 @@ from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines
-from trsp_fast.run.output import staged_output, write_json
+from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
+from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_json
+from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.transfer import transfer
 
@@ -62,8 +66,15 @@ def prune(
     tokenizer: Any = None,
     about: dict[str, Any] | None = None,
     events: Events | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    accept_changes: bool = False,
+    stop: Stop | None = None,
 ) -> PruneResult:
     """Take layers out of a model and keep what they knew.
+
+    With `out`, the state of the run is saved beside it while it goes (`run.save_every`). A run that was killed,
+    interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -75,17 +86,25 @@ def prune(
         tokenizer: saved along with the checkpoint.
         about: what the report says about the run (model, data, command).
         events: listeners of the run's progress.
+        resume: go on with an interrupted run of `out`, given the same model, tokens and configuration.
+        restart: discard an interrupted run of `out`.
+        accept_changes: resume although model, data, configuration or versions differ.
+        stop: says when the run should save its state and end.
 
     Raises:
         UserError: a request that cannot be fulfilled.
-        CheckFailed: the loss became non-finite, the quality bound was exceeded or the export is not proven.
+        CheckFailed: losses were not finite, the quality bound was exceeded or the export is not proven.
+        Interrupted: `stop` asked for the end and the state is kept.
     """
     run = _Run(model, tokens, config, evaluation, events or Events(), about or {})
     if out is None:
         return run.execute(None, tokenizer)
-    with staged_output(out) as stage:
-        (stage / ".trsp").mkdir()
-        log = JsonLines(stage / ".trsp" / "events.jsonl")
+    with resumable_output(out, resume=resume, restart=restart) as stage:
+        (stage / RUN).mkdir(exist_ok=True)
+        _check_identity(stage, run.identity(), accept_changes)
+        store = StateStore(stage / STATE)
+        run.keep(Keeper(store, config.run.save_every, stop))
+        log = JsonLines(stage / RUN / "events.jsonl")
         run.events.listeners.append(log)
         try:
             result = run.execute(stage, tokenizer)
@@ -93,11 +112,18 @@ def prune(
             run.events.emit("end")
             run.events.listeners.remove(log)
             log.close()
-        write_json(stage / ".trsp" / "run.json", {"config": config.to_dict(), "versions": result.report["versions"]})
         write_json(stage / "report.json", result.report)
         write_report(result.report, stage / "report.html")
     result.out = Path(out)
     return result
+
+
+def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool) -> None:
+    """Write down which run this is, or make sure that it is the interrupted one."""
+    path = stage / RUN / "run.json"
+    if holds_state(stage) and path.exists() and not accept_changes:
+        require_same(json.loads(path.read_text()), identity)
+    write_json(path, identity)
 
 
 class _Run:
@@ -113,6 +139,7 @@ class _Run:
         about: dict[str, Any],
     ) -> None:
         self.config, self.events, self.about = config, events, about
+        self.session = Session(events)
         self.tokens, self.evaluation = tokens, evaluation
         self.layers_before = len(layer_stack(model))
         config.layer_count(self.layers_before)
@@ -128,12 +155,36 @@ class _Run:
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
             self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
+        self.fingerprint = fingerprint(model)
         self.source = SourceWeights(model, dtype)
         self.model = model.to(device).eval()
         cast_parameters(self.model, dtype)
         self.dtype, self.device = dtype, device
         self.perplexity: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the interrupted one."""
+        config = self.config.to_dict()
+        del config["run"]["save_every"]  # decides how much is repeated, not what comes out
+        return {
+            "config": config,
+            "model": self.fingerprint,
+            "tokens": tokens_digest(self.tokens),
+            "evaluation": tokens_digest(self.evaluation),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+    def keep(self, keeper: Keeper) -> None:
+        """Save states with `keeper`, and go on from what it found."""
+        self.session.keeper = keeper
+        self.perplexity = keeper.facts.setdefault("perplexity", {})
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in keeper.base:
+                    parameter.copy_(keeper.base[name])
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         before = torch.are_deterministic_algorithms_enabled()
@@ -179,15 +230,22 @@ class _Run:
     def _select(self) -> Selection:
         if self.config.layers is not None:
             return Selection(checked_layers(self.config.layers, self.layers_before))
-        return choose_layers(self.model, self.tokens, self.config, self.events)
+        keeper = self.session.keeper
+        if "selection" in keeper.facts:
+            return Selection(**keeper.facts["selection"])
+        selection = choose_layers(self.model, self.tokens, self.config, session=self.session)
+        if self.config.select.train_weights:
+            keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        keeper.remember("selection", asdict(selection))
+        return selection
 
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
         if not self.config.transfer.epochs:
             return []
-        return transfer(self.model, self.tokens, removed, self.config, self.events)
+        return transfer(self.model, self.tokens, removed, self.config, session=self.session)
 
     def _measure(self, name: str, model: PreTrainedModel) -> None:
-        if self.evaluation is not None:
+        if self.evaluation is not None and name not in self.perplexity:
             self.perplexity[name] = perplexity(model, self.evaluation)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 

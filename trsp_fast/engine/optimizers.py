@@ -29,7 +29,7 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, Tensor]:
     """The optimiser's tensors as `NAME OF THE PARAMETER/NAME OF THE STATE`; inner tensors of quantised ones too."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             found |= {f"{name}/{path}": tensor for path, tensor in _plain_tensors(key, value)}

@@ -109,6 +109,9 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
         return f"layers to remove: {', '.join(map(str, values['layers']))}"
     if kind == "perplexity":
         return f"perplexity, {_PERPLEXITIES[values['of']]}: {figure_text(values['value'])}"
+    if kind == "resumed":
+        place = f"round {values['round'] + 1} of stage 1" if values["stage"] == "select" else "stage 2"
+        return f"going on with step {values['step'] + 1}, {place}"
     if kind == "gates_discarded":
         return f"gates discarded: loss {values['loss_with_gates']:.3f} -> {values['loss_without_gates']:.3f}"
     return None

@@ -29,6 +29,7 @@ class JsonLines:
     """Listener that appends each event to a file, one JSON object a line with a wall-clock `time` in seconds."""
 
     def __init__(self, path: Path) -> None:
+        _drop_torn_line(path)
         self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
@@ -37,3 +38,13 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A process that was killed may have left half a line at the end."""
+    if path.exists():
+        whole = path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            with path.open("r+b") as file:
+                file.truncate(end)
