@@ -99,6 +99,8 @@ def resumable_output(out: str | Path, *, resume: bool = False, restart: bool = F
             `resume` nor `restart` was given, or there is no space left.
         Interrupted: a signal came and the state was kept.
     """
+    if resume and os.path.exists(os.path.join(out, RUN, "run.json")):
+        raise UserError(f"the run of {str(out)!r} has finished and is complete; there is nothing to resume.")
     path = check_output(out)
     stage = path.parent / f".{path.name}.unfinished"
     with _parents_of(path, out):

@@ -1,0 +1,124 @@
+"""States on disk: whole or not at all, the newest that is whole counts."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from trsp_fast.errors import Interrupted, UserError
+from trsp_fast.run.identity import fingerprint, require_same
+from trsp_fast.run.state import Keeper, State, StateStore, Stop
+
+
+def saved(folder, count=3):
+    store = StateStore(folder)
+    for number in range(count):
+        store.save({"number": number, "by layer": {3: 0.1}}, {"x": torch.full((5,), float(number))})
+    return store
+
+
+def test_the_newest_two_states_stay(tmp_path):
+    values, tensors = saved(tmp_path).load()
+    assert values == {"number": 2, "by layer": {3: 0.1}}
+    assert torch.equal(tensors["x"], torch.full((5,), 2.0))
+    assert sorted(os.listdir(tmp_path)) == [f"00000{n}.{end}" for n in (2, 3) for end in ("json", "safetensors")]
+
+
+@pytest.mark.parametrize("damage", ["tensors cut", "tensors changed", "tensors gone", "values cut", "values changed"])
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, damage):
+    store = saved(tmp_path)
+    path = tmp_path / ("000003.json" if "values" in damage else "000003.safetensors")
+    content = path.read_bytes()
+    if "cut" in damage:
+        path.write_bytes(content[: len(content) // 2])
+    elif "changed" in damage:
+        path.write_bytes(content.replace(b'\\"number\\": 2', b'\\"number\\": 3').replace(b"\x40", b"\x41"))
+        assert path.read_bytes() != content
+    else:
+        path.unlink()
+    assert store.load()[0]["number"] == 1
+
+
+def test_without_a_whole_state_there_is_none(tmp_path):
+    store = saved(tmp_path, 1)
+    (tmp_path / "000001.json").write_text("{}")
+    assert store.load() is None
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
+    store = saved(tmp_path)
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save({}, {})
+    assert store.load()[0]["number"] == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_keeper_saves_every_so_many_steps_and_finds_what_it_saved(tmp_path):
+    keeper = Keeper(StateStore(tmp_path), every=2)
+    made = []
+
+    def make(step):
+        made.append(step)
+        return State("select", step, {"history": [1.5]}, {"gates": torch.tensor([float(step)])})
+
+    keeper.base = {"weight": torch.ones(2)}
+    for step in range(1, 6):
+        keeper.after_step(lambda step=step: make(step), always=step == 5)
+    assert made == [2, 4, 5]
+    again = Keeper(StateStore(tmp_path))
+    assert torch.equal(again.base["weight"], torch.ones(2))
+    assert again.found("transfer") is None
+    state = again.found("select")
+    assert (state.step, state.values, float(state.tensors["gates"])) == (5, {"history": [1.5]}, 5.0)
+    assert again.found("select") is None
+    again.remember("selection", {"layers": [1]})
+    assert Keeper(StateStore(tmp_path)).facts == {"selection": {"layers": [1]}}
+    assert Keeper(StateStore(tmp_path)).found("select") is None
+
+
+def test_a_wish_to_end_saves_first(tmp_path):
+    stop = Stop()
+    keeper = Keeper(StateStore(tmp_path), every=100, stop=stop)
+    keeper.after_step(lambda: State("select", 1))
+    stop.code = 143
+    with pytest.raises(Interrupted) as interrupted:
+        keeper.after_step(lambda: State("select", 2))
+    assert interrupted.value.code == 143
+    assert Keeper(StateStore(tmp_path)).found("select").step == 2
+    with pytest.raises(SystemExit):
+        Keeper(stop=stop).after_step(lambda: State("select", 2))
+
+
+def test_the_first_difference_is_named():
+    one = {"config": {"transfer": {"lr": 1e-3, "clip": 1.0}}, "model": "a"}
+    require_same(one, {"model": "a", "config": {"transfer": {"clip": 1.0, "lr": 1e-3}}})
+    with pytest.raises(UserError, match=r"had config.transfer.lr = 0.001, this one has 0.002"):
+        require_same(one, {"config": {"transfer": {"lr": 2e-3, "clip": 2.0}}, "model": "b"})
+    with pytest.raises(UserError, match="had model = a, this one has b"):
+        require_same(one, {**one, "model": "b"})
+
+
+@pytest.mark.parametrize("change", ["value", "order", "dtype", "name"])
+def test_fingerprints_tell_models_apart(change):
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 10))
+
+    one, other = model(), model()
+    assert fingerprint(one) == fingerprint(other)
+    weight = other[0].weight.data
+    if change == "value":
+        weight[123, 77] += 1e-6
+    elif change == "order":
+        weight[:] = weight.flip(0)
+    elif change == "dtype":
+        other = other.to(torch.bfloat16)
+    else:
+        other = torch.nn.Sequential(other[0], torch.nn.Identity(), other[1])
+    assert fingerprint(one) != fingerprint(other)
