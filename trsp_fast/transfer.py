@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
+from trsp_fast.engine.memory import MemoryPlan, plan_memory
 from trsp_fast.engine.objective import WindowOrder, distillation_loss
 from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
-from trsp_fast.engine.precision import fp32_weights
+from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import State
 
@@ -38,7 +40,7 @@ class _Training:
     tokens: Tensor
     order: WindowOrder
     steps: int
-    autocast: AbstractContextManager
+    masters: Masters
     weights: Named
     optimizer: torch.optim.Optimizer
     done: int = 0
@@ -90,14 +92,15 @@ def transfer(
         parameter.requires_grad_(True)
     try:
         with (
-            fp32_weights(model) as autocast,
+            fp32_weights(model, weights.values()) as masters,
+            ExitStack() as during,  # ends after the gates, whose bypasses lie over it
             _gates(model, layers, settings) as gates,
             session.keeper.steps(),
         ):
             optimizer = adamw(weights.values(), settings.lr, (0.9, 0.95))
-            run = _Training(
-                model, teacher, settings, session, gates, tokens, order, steps, autocast, weights, optimizer
-            )
+            run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
+            plan = session.plan("transfer", lambda: _plan(run))
+            during.enter_context(recomputed(model, plan.recomputed))
             _resume(run)
             while run.done < run.steps:
                 _step(run)
@@ -145,6 +148,26 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
     return gates
 
 
+def _plan(run: _Training) -> MemoryPlan:
+    trained = sum(parameter.numel() for parameter in run.weights.values())
+    own = {id(parameter) for parameter in run.weights.values()}
+    teacher = sum(p.nbytes for p in run.teacher.parameters() if id(p) not in own) if run.teacher is not None else 0
+
+    def step(windows: int) -> None:
+        loss, *_ = _losses(run, torch.arange(windows), run.settings.lambda2)
+        loss.backward()
+
+    return plan_memory(
+        run.model,
+        step,
+        min(run.order.batch, len(run.tokens)),
+        gated=run.gates.layers,
+        held={"fp32 copies": run.masters.growth, "untouched model": teacher},
+        coming={"optimiser": 8 * trained},
+        gradients=4 * trained,
+    )
+
+
 def _resume(run: _Training) -> None:
     """Weights, optimiser and history as the saved state has them, where there is one."""
     state = run.session.keeper.found("transfer")
@@ -185,12 +208,7 @@ def _step(run: _Training) -> None:
         sums["D"] = torch.full_like(gates.values, math.nan)  # stays where a layer has no D
 
     def work(part: Tensor, share: float) -> None:
-        tokens = run.tokens[part].to(device)
-        with run.autocast:
-            lm_loss, objective = _objective(run, tokens)
-        distances = gates.distances(settings.norm)
-        penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
-        loss = objective + penalty
+        loss, lm_loss, penalty, distances = _losses(run, part, weight)
         (loss * share).backward()
         for name, value in (("loss", loss), ("lm_loss", lm_loss), ("penalty", penalty)):
             sums[name] += value.detach() * share
@@ -208,6 +226,15 @@ def _step(run: _Training) -> None:
     figures = {**sums, "norm": norm, "finite": finite}
     run.readback.put(figures, lambda host: _note(run, step, rows, entry, host))
     step_if(run.optimizer, finite)
+
+
+def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+    """Of some windows: what is minimised, the language model loss, the weighted penalty, and D by layer."""
+    with run.masters.autocast:
+        lm_loss, objective = _objective(run, run.tokens[rows].to(run.gates.values.device))
+    distances = run.gates.distances(run.settings.norm)
+    penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
+    return objective + penalty, lm_loss, penalty, distances
 
 
 def _objective(run: _Training, tokens: Tensor) -> tuple[Tensor, Tensor]:

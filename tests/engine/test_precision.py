@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trsp_fast.engine.objective import distillation_loss, epochs_of_batches, mean_loss
+from trsp_fast.engine.objective import WindowOrder, distillation_loss, mean_loss
 from trsp_fast.engine.precision import SourceWeights, cast_parameters
 
 
@@ -36,8 +36,10 @@ def test_mean_loss_does_not_depend_on_the_batch(llama, tokens):
     assert mean_loss(llama, tokens, 3) == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_pass_visits_every_window_once(tokens):
-    batches = epochs_of_batches(tokens, 3, torch.Generator().manual_seed(0))
-    for _ in range(2):
-        rows = torch.cat([next(batches) for _ in range(3)])
-        assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, tokens.tolist()))
+def test_every_pass_visits_every_window_once_and_a_step_does_not_depend_on_the_steps_before():
+    order = WindowOrder(8, 3, seed=4)
+    passes = [torch.cat([order.rows(step) for step in range(first, first + 3)]) for first in (0, 3)]
+    for rows in passes:
+        assert sorted(rows.tolist()) == list(range(8))
+    assert not torch.equal(*passes)
+    assert torch.equal(WindowOrder(8, 3, seed=4).rows(4), order.rows(4))

@@ -1,7 +1,8 @@
 """In which dtype a run computes, trains and hands back its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +30,28 @@ def compute_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManag
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+class Masters(NamedTuple):
+    """Weights made ready for training: the autocast of their forward pass, and the bytes that they have grown by."""
+
+    autocast: AbstractContextManager = nullcontext()
+    growth: int = 0
+
+
 @contextmanager
-def fp32_weights(model: PreTrainedModel) -> Iterator[AbstractContextManager]:
-    """fp32 copies of the weights inside, for training; yields the autocast to the dtype they came in and go back to."""
-    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
-    first = dtypes[0][0]
+def fp32_weights(model: PreTrainedModel, trained: Iterable[nn.Parameter] | None = None) -> Iterator["Masters"]:
+    """fp32 copies of the weights inside, for training; they come back in the dtype they came in.
+
+    Args:
+        trained: the weights concerned; all by default.
+    """
+    first = next(model.parameters())
     context = compute_in(first.device, first.dtype)
-    cast_parameters(model, torch.float32)
+    dtypes = [(parameter, parameter.dtype) for parameter in (model.parameters() if trained is None else trained)]
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
+    growth = sum((4 - own.itemsize) * parameter.numel() for parameter, own in dtypes)
     try:
-        yield context
+        yield Masters(context, growth)
     finally:
         for parameter, own in dtypes:
             parameter.data = parameter.data.to(own)

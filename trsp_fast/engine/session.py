@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trsp_fast.engine.distributed import Group
+from trsp_fast.engine.memory import MemoryPlan
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper
@@ -16,7 +17,7 @@ from trsp_fast.run.state import Keeper
 class Session:
     """Everything of a run that is not its model, its tokens and its configuration.
 
-    micro_batch: windows in one forward pass; 0 is the whole batch. Losses and gradients do not depend on it but by
+    micro_batch: windows in one forward pass; 0 leaves it to a plan. Losses and gradients do not depend on it but by
         rounding, since a micro-batch holds whole windows and weighs as much as it has.
     """
 
@@ -24,6 +25,21 @@ class Session:
     keeper: Keeper = field(default_factory=Keeper)
     group: Group = field(default_factory=Group)
     micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        self._given = self.micro_batch
+
+    def plan(self, stage: str, make: Callable[[], MemoryPlan]) -> MemoryPlan:
+        """The stage's memory plan: the one an interrupted run was made with, a preset `micro_batch`, or a new one."""
+        plans = self.keeper.facts.setdefault("plans", {})
+        if stage in plans:
+            plan = MemoryPlan.from_dict(plans[stage])
+        else:
+            plan = MemoryPlan(self._given) if self._given else make()
+            plans[stage] = plan.to_dict()
+        self.micro_batch = plan.micro_batch
+        self.events.emit("plan", stage=stage, **plan.to_dict())
+        return plan
 
     def accumulate(self, rows: Tensor, work: Callable[[Tensor, float], None], begin: Callable[[], None]) -> None:
         """Call `work(rows, weight)` for each micro-batch of a batch's rows, after `begin()`.

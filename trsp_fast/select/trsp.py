@@ -7,7 +7,7 @@ spread of the gradient over sequences is not noise: its second moment F is the c
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import SelectConfig, TRSPConfig
+from trsp_fast.engine.memory import MemoryPlan, plan_memory
 from trsp_fast.engine.objective import WindowOrder, language_model_loss, mean_loss
 from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
-from trsp_fast.engine.precision import fp32_weights
+from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
 from trsp_fast.select.sleb import losses_without
@@ -44,7 +46,7 @@ class _Learning:
     tokens: Tensor
     order: WindowOrder
     steps: int
-    autocast: AbstractContextManager
+    masters: Masters
     weights: Named
     index: int = 0
     done: int = 0
@@ -81,7 +83,8 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
     allowed = _unprotected(model, config, count, session)
     model.eval()  # no dropout: the gates measure the layers as they are used
     with (
-        _trainable(model, settings.train_weights) as autocast,
+        _trainable(model, settings.train_weights) as masters,
+        ExitStack() as during,  # ends after the gates, whose bypasses lie over it
         LayerGates(model, mode=settings.gate_mode, layers=allowed) as gates,
         session.keeper.steps(),
     ):
@@ -94,9 +97,10 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             tokens=tokens,
             order=WindowOrder(len(tokens), batch, config.seed),
             steps=settings.steps_per_round or -(-len(tokens) // batch),
-            autocast=autocast,
+            masters=masters,
             weights=dict(model.named_parameters()) if settings.train_weights else {},
         )
+        during.enter_context(recomputed(model, session.plan("select", lambda: _plan(learning, batch)).recomputed))
         _begin_or_resume(learning)
         for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
             _learn_round(learning)
@@ -105,6 +109,24 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         if settings.train_weights:
             _discard_gates(learning)
     return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
+
+
+def _plan(learning: _Learning, batch: int) -> MemoryPlan:
+    trained = sum(parameter.numel() for parameter in learning.weights.values())
+
+    def step(windows: int) -> None:
+        _pass(learning, torch.arange(windows))
+        learning.gates.values.grad = None
+
+    return plan_memory(
+        learning.model,
+        step,
+        min(batch, len(learning.tokens)),
+        gated=learning.alive,
+        held={"fp32 copies": learning.masters.growth},
+        coming={"optimiser": 8 * trained},
+        gradients=4 * trained,
+    )
 
 
 def _begin_or_resume(learning: _Learning) -> None:
@@ -196,11 +218,7 @@ def _learn_step(learning: _Learning) -> None:
         sequences.clear()
 
     def work(part: Tensor, weight: float) -> None:
-        with learning.autocast:
-            loss = language_model_loss(learning.model, learning.tokens[part].to(gates.values.device))
-        (loss * weight).backward()
-        own = gates.gradients()
-        assert own is not None
+        loss, own = _pass(learning, part, weight)
         sequences.append(own * len(rows))  # the loss is a mean over the batch: times its size is each sequence's own
         sums["loss"] += loss.detach() * weight
         for layer, d in gates.distances("l2").items():
@@ -220,6 +238,16 @@ def _learn_step(learning: _Learning) -> None:
     where, alive = (learning.index, learning.done), list(learning.alive)
     learning.readback.put(figures, lambda host: _note(learning, where, alive, rows, host))
     _move_gates(learning, finite)
+
+
+def _pass(learning: _Learning, rows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Forward and backward of some windows: their loss, and the gradient by sequence and gate of loss * weight."""
+    with learning.masters.autocast:
+        loss = language_model_loss(learning.model, learning.tokens[rows].to(learning.gates.values.device))
+    (loss * weight).backward()
+    own = learning.gates.gradients()
+    assert own is not None
+    return loss, own
 
 
 def _gradients(weights: Named) -> list[Tensor]:
@@ -339,14 +367,14 @@ def _unprotected(model: PreTrainedModel, config: TRSPConfig, count: int, session
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, train: bool) -> Iterator[AbstractContextManager]:
-    """All weights frozen, or all trained as fp32 copies; yields the autocast of the forward pass. Flags come back."""
+def _trainable(model: PreTrainedModel, train: bool) -> Iterator[Masters]:
+    """All weights frozen, or all trained as fp32 copies. Flags come back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(train)
     try:
-        with fp32_weights(model) if train else nullcontext(nullcontext()) as autocast:
-            yield autocast
+        with fp32_weights(model) if train else nullcontext(Masters()) as masters:
+            yield masters
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -1,0 +1,250 @@
+"""How a batch is computed in the memory there is: micro-batches, and which layers are computed twice.
+
+Nothing is guessed: a step with no, one and two layers switched on (the others bypassed) is run on one and on two
+windows and its peak measured. A step's peak is linear in the windows, and every further layer of a kind adds what the
+second one added, so these few passes give the peak of the whole step:
+
+    peak = fixed + max(head + sum of layers, largest layer at work + sum of the others, all gradients + a layer at work)
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
+
+from trsp_fast.errors import UserError
+from trsp_fast.models.families import layer_stack
+from trsp_fast.models.gates import bypassed
+from trsp_fast.models.recompute import recomputed
+
+SHARE = 0.9  # of the free memory that a plan may use
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """In which pieces a stage computes a batch.
+
+    micro_batch: windows in one forward pass.
+    recomputed: layers that keep their input only.
+    parts: bytes by what needs them, above the weights as they were loaded; their sum is the predicted peak.
+    available: bytes that were free when the plan was made.
+    """
+
+    micro_batch: int
+    recomputed: tuple[int, ...] = ()
+    parts: dict[str, int] = field(default_factory=dict)
+    available: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak in bytes."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MemoryPlan":
+        return cls(values["micro_batch"], tuple(values["recomputed"]), values["parts"], values["available"])
+
+
+def plan_memory(
+    model: PreTrainedModel,
+    step: Callable[[int], None],
+    batch: int,
+    *,
+    gated: Sequence[int],
+    held: dict[str, int],
+    coming: dict[str, int],
+    gradients: int = 0,
+    available: int | None = None,
+) -> MemoryPlan:
+    """The largest micro-batch that fits, and as few recomputed layers as it takes for a single window.
+
+    Args:
+        step: forward and backward pass of so many windows; gradients are cleared afterwards.
+        batch: windows in an optimiser step.
+        gated: the layers that carry a gate or whose difference is penalised, and need more than others of their kind.
+        held: bytes that the stage holds already, by name (fp32 copies, teacher, ...).
+        coming: bytes that it will allocate and hold (optimiser, ...).
+        gradients: bytes of all weight gradients.
+        available: bytes that may be used; by default what is free on the model's device.
+
+    Raises:
+        UserError: a single window does not fit even so.
+    """
+    device = next(model.parameters()).device
+    available = free_memory(device) if available is None else available
+    costs = _measure(model, step, device, min(2, batch), gated)
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    choices = [(size, 0) for size in sizes] + [(1, count) for count in range(1, len(costs.kinds) + 1)]
+    for size, count in choices:
+        parts = {**coming, **costs.parts(size, size < batch, gradients, set(range(count)))}
+        if sum(parts.values()) <= SHARE * available:
+            return MemoryPlan(size, tuple(range(count)), {**held, **parts}, available)
+    raise UserError(
+        f"one window needs {sum(parts.values()) / 1e9:.2f} GB beside the weights, {available / 1e9:.2f} GB are free; "
+        "set data.seq_len lower, or use a device with more memory."
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be used on a device; on the CPU also within the limit of a container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Bytes as a line in the number of windows."""
+
+    fixed: float
+    per_window: float
+
+    def at(self, windows: int) -> float:
+        return self.fixed + self.per_window * windows
+
+    def __sub__(self, other: "_Line") -> "_Line":
+        return _Line(self.fixed - other.fixed, self.per_window - other.per_window)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Peaks of a step without layers (`head`); by kind of layer with one at work, and what a further one adds."""
+
+    kinds: list[str]
+    head: _Line
+    one: dict[tuple[str, bool], _Line]
+    more: dict[tuple[str, bool], _Line]
+
+    def parts(self, windows: int, accumulates: bool, gradients: int, twice: set[int]) -> dict[str, int]:
+        layers = [(kind, index in twice) for index, kind in enumerate(self.kinds)]
+        kept = sum(max(0.0, self.more[layer].at(windows)) for layer in layers)
+        working = max(self.one[layer].at(windows) - max(0.0, self.more[layer].at(windows)) for layer in layers)
+        at_work = max(self.one[layer].at(windows) for layer in layers)
+        base = max(self.head.at(windows), working)
+        own = {"kept for the backward pass": round(kept), "head and working memory": round(base)}
+        if accumulates:
+            return {**own, "gradients": gradients}
+        missing = gradients + at_work - kept - base  # at the bottom of the backward pass all gradients are there
+        return {**own, "gradients": max(0, round(missing))}
+
+
+def _measure(
+    model: PreTrainedModel, step: Callable[[int], None], device: torch.device, most: int, gated: Sequence[int]
+) -> _Costs:
+    layers = layer_stack(model).layers
+    kinds = [_kind(layer) + ("gated" if index in gated else "") for index, layer in enumerate(layers)]
+
+    def step_peaks(on: Sequence[int], twice: Sequence[int]) -> _Line:
+        return _line(model, step, device, most, on, twice)
+
+    head = step_peaks((), ())
+    one, more = {}, {}
+    for kind in dict.fromkeys(kinds):
+        same = [index for index, other in enumerate(kinds) if other == kind][:2]
+        other = same[1] if len(same) > 1 else next((i for i in range(len(kinds)) if i != same[0]), None)
+        for again in (False, True):
+            one[kind, again] = step_peaks((same[0],), same[:1] if again else ())
+            more[kind, again] = one[kind, again] - head
+            if other is not None and kinds[other] == kind:
+                more[kind, again] = step_peaks((same[0], other), (same[0], other) if again else ()) - one[kind, again]
+    return _Costs(kinds, head, one, more)
+
+
+def _line(
+    model: PreTrainedModel,
+    step: Callable[[int], None],
+    device: torch.device,
+    most: int,
+    on: Sequence[int],
+    twice: Sequence[int],
+) -> _Line:
+    """The peak of a step with only the layers `on`, of which `twice` are recomputed, from 1 and `most` windows.
+
+    Gradients are there before, so that they do not count: when they come depends on what else is there.
+    """
+    peaks = []
+    layers = layer_stack(model).layers
+    off = [index for index in range(len(layers)) if index not in on]
+    idle = {parameter for index in off for parameter in layers[index].parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad and p not in idle]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with recomputed(model, twice), bypassed(model, off):
+        for windows in (1, most):
+            peaks.append(peak_bytes(functools.partial(step, windows), device))
+    for parameter in trained:
+        parameter.grad = None
+    slope = (peaks[1] - peaks[0]) / (most - 1) if most > 1 else 0.0
+    return _Line(peaks[0] - slope, slope) if most > 1 else _Line(0.0, peaks[0])
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    """Layers whose tensors have the same names and shapes need the same memory."""
+    shapes = [f"{name}{list(parameter.shape)}" for name, parameter in layer.named_parameters()]
+    return f"{type(layer).__name__} {' '.join(shapes)} {getattr(layer, 'attention_type', '')}"
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """Peak of what `work` holds in tensors at one time beyond what was there before, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Live() as live:
+        work()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside and not yet gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(storage) for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if id(storage) not in known and storage not in self._seen:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.bytes -= size
+
+
+def _storages(values: Any) -> Iterator[Any]:
+    for value in tree_iter(values):
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            yield value.untyped_storage()
