@@ -16,7 +16,6 @@ from zoo import DEFAULT_SETS, SETS, ZOO, build, padded
 
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.disk_removal import remove_layers_on_disk
-from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.streamed_model import StreamedModel
 from trsp_fast.models.streamed_verify import available_memory, needs_streaming, verify_streamed
@@ -188,7 +187,7 @@ def test_other_tensors_fail(pair, edit, check):
 def test_an_incomplete_source_is_one_sentence(pair):
     source, pruned = pair
     change(source, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(UserError, match="lacks model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks model\.layers.1\.mlp\.up_proj\.weight"):
         verify_streamed(source, pruned, [1, 4], trained=False)
 
 
@@ -270,7 +269,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_layer(pair, tmp_path):
-    """A model of 24 layers and 366 MB in fp32, 15 MB a layer: streaming takes a fraction of it, loading more than it."""
+    """A model of 24 layers and 366 MB in fp32, 15 MB a layer: streaming takes a fraction, loading more than it."""
     tiny_llama(
         layers=24, hidden_size=512, intermediate_size=1792, vocab_size=256, num_attention_heads=8, num_key_value_heads=8
     ).save_pretrained(tmp_path / "big", max_shard_size="100MB")

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.checkpoint_files import INDEX
+from trsp_fast.models.checkpoint_files import INDEX, folder_of
 from trsp_fast.models.families import check_causal, check_remote_code, layer_count, layer_stack, text_fields
 from trsp_fast.models.tensor_names import cut_names, dropped_predictors
 
@@ -60,6 +60,8 @@ def load_config(name: str, *, revision: str | None = None, remote_code: bool = F
     from transformers import AutoConfig, PreTrainedConfig
 
     local = os.path.isdir(name)
+    if local:
+        folder_of(name)  # refuses adapters
     if local and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
     options: dict[str, Any] = {"revision": revision} | ({"local_files_only": True} if local else {})
