@@ -42,7 +42,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(scope="module", autouse=True)
 def module_cache(tmp_path_factory):
-    """transformers copies code that it runs into the home folder; here one folder for all tests, as Python imports it."""
+    """transformers copies code that it runs into the home folder; here into one folder, as Python imports it once."""
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("modules"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)

@@ -1,6 +1,5 @@
 """A model that runs without fitting into memory: each layer holds its weights during its own forward pass only."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,14 +50,14 @@ class StreamedModel:
         found["mismatched_keys"] = sorted(str(key) for key, *_ in info.mismatched_keys)
         self.problems = {kind: keys for kind, keys in found.items() if keys}
 
-    def needed(self, names: list[str], weights: dict[str, StoredTensor]) -> list[str]:
-        """A list of the first name that transformers makes something of, if any; it ignores many a key of old files."""
+    def first_used(self, names: list[str], weights: dict[str, StoredTensor]) -> str | None:
+        """The first of the names that transformers makes something of, if any; it ignores many a key of old files."""
         keys = set(self.model.state_dict())
 
         def used(some: list[str]) -> bool:
             return bool(keys - self._load({name: weights[name].meta() for name in some}, "meta").missing_keys)
 
-        return list(itertools.islice((name for name in names if used([name])), 1)) if names and used(names) else []
+        return next((name for name in names if used([name])), None) if used(names) else None
 
     @contextmanager
     def running(self) -> Iterator[PreTrainedModel]:

@@ -43,13 +43,17 @@ def needs_streaming(source: str | Path, pruned: str | Path) -> bool:
 
 def available_memory() -> int:
     """Bytes that this process can still get, by the kernel's estimate and the limit of its control group."""
-    bounds = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    bounds = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or bounds
+    system = Path("/proc/meminfo")
+    if system.exists():
+        fields = dict(line.split(":", 1) for line in system.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    else:  # no Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        bounds.append(int(limit) - int((group / "memory.current").read_text()))
-    return min(bounds)
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int(limit) - int(used["anon"]))  # without cached files, which give way
+    return free
 
 
 def verify_streamed(
@@ -111,8 +115,8 @@ class _Proof:
     def tensors(self, trained: bool, before: StreamedModel) -> list[Check]:
         """Names and shapes; then every byte, or, where weights were trained, where they come from."""
         lost = [name for name in self.names.new if name not in self.shared and not self._is_double(name)]
-        lost = before.needed(lost, self.old)
-        odd = [f"{name} is not there" for name in lost]
+        first = before.first_used(lost, self.old)
+        odd = [f"{first} is not there"] if first else []
         odd += [f"{name} is new" for name in sorted(self.new.keys() - set(self.names.new.values()))]
         odd += [f"{name} has another shape" for name in self.shared if self._shape(name) != self._new(name).shape]
         shapes = Check("names and shapes of all tensors", not odd, odd[0] if odd else f"{len(self.shared)} tensors")
@@ -126,7 +130,7 @@ class _Proof:
 
     def trained_weights(self) -> dict[str, StoredTensor]:
         """The source's tensors with the pruned checkpoint's own in place of those of the layers that stay."""
-        weights = dict(self.old)
+        weights = {name: old for name, old in self.old.items() if name not in self.names.new}
         for name in self.shared:
             tensor, pieces = self._new(name), self._pieces(name)
             place = (tensor.descriptor, tensor.offset, tensor.dtype, tensor.shape)
