@@ -437,6 +437,9 @@ def test_plan_says_what_can_go_and_why_not(run, model, jamba):
     assert code == 0
     assert "4 of 5 layers can be taken out one by one, on disk or in memory" in out
     assert "layer 4 stays: protected by the settings." in out
+    code, out, _ = run("plan", model, "--set", "select.protect_first=1", "--json")
+    assert json.loads(out)["removable"] == [1, 2, 3, 4]
+    assert json.loads(out)["kept"] == {"0": "protected by the settings."}
     code, out, _ = run("plan", jamba, "--json")
     answer = json.loads(out)
     assert (code, answer["layers"], answer["removable"]) == (0, 8, [0, 7])
@@ -450,6 +453,87 @@ def test_an_off_period_cut_of_jamba_is_one_sentence(run, jamba, tmp_path, comman
     assert (code, error.count("\n")) == (2, 1)
     assert "remove whole periods of 4 layers" in error or "remove whole periods of 2 layers" in error
     assert not (tmp_path / "out").exists()
+
+
+def spoiled(folder, kind, model):
+    """A folder of the kind that is refused."""
+    if kind in ("bert", "t5"):
+        bad_models(folder)
+        return folder / kind
+    shutil.copytree(model, folder / kind)
+    config = json.loads((model / "config.json").read_text())
+    if kind == "adapter":
+        (folder / kind / "adapter_config.json").write_text("{}")
+    elif kind == "own code":
+        (folder / kind / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.Config"}}))
+    elif kind == "quantised":
+        method = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (folder / kind / "config.json").write_text(json.dumps(config | method))
+    return folder / kind
+
+
+REFUSED = {
+    "encoder": ("bert", "1", "BertForMaskedLM is not a causal language model"),
+    "encoder-decoder": ("t5", "1", "T5ForConditionalGeneration is an encoder-decoder"),
+    "quantised weights": ("quantised", "1", "prune the unquantised model and quantise the result"),
+    "adapter": ("adapter", "1", "is a PEFT adapter; merge it"),
+    "own code": ("own code", "1", "--allow-remote-code"),
+    "layer out of range": ("whole", "5", "layer 5 does not exist; this model has layers 0 to 4"),
+    "negative layer": ("whole", "-1", "layer -1 does not exist"),
+    "layer repeated": ("whole", "2,2", "layer 2 is named 2 times"),
+    "every layer": ("whole", "0,1,2,3,4", "5 of 5"),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "remove", "prune", "verify"])
+@pytest.mark.parametrize("row", REFUSED)
+def test_what_is_refused_is_one_sentence_in_every_command(run, model, tokens, tmp_path, capsys, row, command):
+    kind, layers, message = REFUSED[row]
+    subject = spoiled(tmp_path, kind, model)
+    capsys.readouterr()
+    options = {
+        "plan": [f"--layers={layers}"],
+        "remove": [f"--layers={layers}", "--out", tmp_path / "out"],
+        "prune": [f"--layers={layers}", "--data", tokens, "--out", tmp_path / "out"],
+        "verify": [subject, f"--removed={layers}"],
+    }
+    code, _, error = run(command, subject, *options[command])
+    assert (code, error.count("\n")) == (2, 1), error
+    assert error.startswith("trsp-fast: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["remove", "prune", "verify"])
+def test_no_layer_at_all_is_one_sentence(run, model, tokens, tmp_path, command):
+    options = {
+        "remove": ["--layers", "", "--out", tmp_path / "out"],
+        "prune": ["--layers", "", "--data", tokens, "--out", tmp_path / "out"],
+        "verify": [model, "--removed", ""],
+    }
+    code, _, error = run(command, model, *options[command])
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "no layers were named" in error
+
+
+@pytest.mark.parametrize("way", ["--streaming", "--in-memory"])
+def test_verify_either_way(run, model, tmp_path, way):
+    assert run("remove", model, "--layers", "1,3", "--out", tmp_path / "out")[0] == 0
+    code, text, _ = run("verify", model, tmp_path / "out", "--removed", "1,3", "--json", way)
+    answer = json.loads(text)
+    assert (code, answer["passed"], answer["streaming"]) == (0, True, way == "--streaming")
+    code, _, error = run("verify", model, tmp_path / "out", "--removed", "1,2", way)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "not proven" in error
+
+
+def test_verify_streams_where_memory_is_short(run, model, tmp_path, monkeypatch):
+    run("remove", model, "--layers", "1,3", "--out", tmp_path / "out")
+    assert "layer by layer" not in run("verify", model, tmp_path / "out", "--removed", "1,3")[2]
+    monkeypatch.setattr("trsp_fast.models.streamed_verify.available_memory", lambda: 100_000)
+    code, _, error = run("verify", model, tmp_path / "out", "--removed", "1,3")
+    assert code == 0
+    assert "read layer by layer" in error
 
 
 def test_plan_refuses_what_cannot_be_pruned(run, tmp_path):

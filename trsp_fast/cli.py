@@ -164,6 +164,7 @@ def plan(
     layers: Layers = None,
     settings: Settings = None,
     revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Say which layers can be taken out and why others cannot; with --layers, whether these can go together."""
@@ -171,7 +172,7 @@ def plan(
     from trsp_fast.models.checkpoint_files import read_config
     from trsp_fast.models.families import check_set, disk_obstacle, fixed_layers, layer_count, text_fields
 
-    values = read_config(_on_disk(checkpoint, revision, only="config.json"))
+    values = read_config(_on_disk(checkpoint, revision, only="config.json"), remote_code=allow_remote_code)
     _, count = layer_count(text_fields(values))
     select = TRSPConfig.from_dict(merge({"ratio": 0.5}, *(parse_setting(text) for text in settings or []))).select
     protected = [*range(select.protect_first), *range(count - select.protect_last, count)]
@@ -202,17 +203,20 @@ def remove(
     out: Out,
     layers: Layers = None,
     revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Remove layers from a checkpoint on disk: nothing is loaded and, where the file system can, nothing copied."""
     from trsp_fast.models.checkpoint_files import read_config
     from trsp_fast.models.disk_removal import remove_layers_on_disk
     from trsp_fast.models.families import disk_obstacle
+    from trsp_fast.models.tensor_names import dropped_predictors
 
     removed, folder = _layer_list(layers), _on_disk(checkpoint, revision)
-    if obstacle := disk_obstacle(read_config(folder)):
+    config = read_config(folder, remote_code=allow_remote_code)
+    if obstacle := disk_obstacle(config):
         _say(f"note: {obstacle}, so the model is loaded and cut in memory.", as_json)
-        _remove_in_memory(folder, removed, out, as_json)
+        _remove_in_memory(folder, removed, out, allow_remote_code, as_json)
         return
     with _byte_bar("removing layers", as_json) as progress:
         done = remove_layers_on_disk(folder, removed, out, progress=progress)
@@ -223,22 +227,32 @@ def remove(
     )
     if done.left_out:
         text += f"\nleft out, other forms of the weights or hidden: {', '.join(done.left_out)}"
+    if done.predicting:
+        text += f"\n{dropped_predictors(len(done.predicting))}"
     answer = dataclasses.asdict(done) | {"out": str(out), "removed_layers": done.removed}
     _print(answer, as_json, text)
 
 
-def _remove_in_memory(folder: str, removed: list[int], out: Path, as_json: bool) -> None:
+def _remove_in_memory(folder: str, removed: list[int], out: Path, remote_code: bool, as_json: bool) -> None:
     """The way of models that the files alone do not describe: load, rebuild, prove, save."""
-    from trsp_fast.models.checkpoint import checkpoint_bytes, load_model, load_tokenizer, save_checkpoint
+    from trsp_fast.models.checkpoint import (
+        checkpoint_bytes,
+        load_model,
+        load_tokenizer,
+        predictors_not_loaded,
+        save_checkpoint,
+    )
     from trsp_fast.models.removal import remove_layers
     from trsp_fast.models.verify import require, verify_checkpoint, verify_removal
     from trsp_fast.run.output import staged_output
 
     _quiet_transformers()
     with staged_output(out) as stage:
-        model = load_model(folder, device="cpu")
+        model = load_model(folder, device="cpu", remote_code=remote_code)
+        if note := predictors_not_loaded(folder):
+            _say(f"note: {note}", as_json)
         try:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, remote_code=remote_code)
         except UserError as error:
             tokenizer = None
             _say(f"note: {error}", as_json)
@@ -262,21 +276,34 @@ def verify(
     trained: Annotated[
         bool | None, typer.Option("--trained/--untrained", help="Whether weights were trained; asked of report.json.")
     ] = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option("--streaming/--in-memory", help="Layer by layer from the files; by default if memory is short."),
+    ] = None,
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Prove that PRUNED is CHECKPOINT without the removed layers: exit 0, or 1."""
     from trsp_fast.models.checkpoint import load_model, read_json
+    from trsp_fast.models.streamed_verify import needs_streaming, verify_streamed
     from trsp_fast.models.verify import require, verify_checkpoints
 
     _quiet_transformers()
+    layers, folder = _layer_list(removed), _on_disk(checkpoint, revision)
     if trained is None:
         report = Path(pruned) / "report.json"
         trained = bool(read_json(report).get("trained")) if report.exists() else False
-    for name in (checkpoint, pruned):
-        load_model(name, device="cpu")
-    checks = verify_checkpoints(checkpoint, pruned, _layer_list(removed), trained=trained)
+    if streaming is None and (streaming := needs_streaming(folder, pruned)):
+        _say("note: the two models may not fit into memory, so they are read layer by layer.", as_json)
+    if not streaming:
+        for name in (folder, pruned):
+            load_model(name, device="cpu", remote_code=allow_remote_code)
+    prove = verify_streamed if streaming else verify_checkpoints
+    checks = prove(folder, pruned, layers, trained=trained, remote_code=allow_remote_code)
     if as_json:
-        print(json.dumps({"passed": all(c.passed for c in checks), "checks": _plain(checks)}))
+        passed = all(check.passed for check in checks)
+        print(json.dumps({"passed": passed, "streaming": bool(streaming), "checks": _plain(checks)}))
     else:
         _table(("check", "holds", "figure"), [(c.name, "yes" if c.passed else "NO", c.detail) for c in checks])
     require(checks)
@@ -389,6 +416,7 @@ def _prune(
 ) -> None:
     from trsp_fast.config import TRSPConfig
     from trsp_fast.data import check_source
+    from trsp_fast.models.checkpoint import predictors_not_loaded
     from trsp_fast.pruner import prune as run
     from trsp_fast.run.output import check_output
     from trsp_fast.run.state import Stop
@@ -407,6 +435,8 @@ def _prune(
         "command": shlex.join(["trsp-fast", *sys.argv[1:]]),
     }
     events = _events(as_json)
+    if note := predictors_not_loaded(model, revision):
+        events.note(note)
     if len(tokens) < config.data.samples:
         events.note(
             f"the data has {len(tokens)} windows of {tokens.shape[1]} tokens, fewer than data.samples = "

@@ -1,9 +1,11 @@
 """Checkpoints on disk: loading with sentences instead of tracebacks, and an export that maps well."""
 
+import contextlib
 import errno
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal, layer_stack
+from trsp_fast.models.checkpoint_files import INDEX, folder_of
+from trsp_fast.models.families import check_causal, check_remote_code, layer_count, layer_stack, text_fields
+from trsp_fast.models.tensor_names import cut_names, dropped_predictors
 
 ALIGNMENT = 4096  # bytes; weights are mapped from the file, and CPU code paths depend on their alignment
 
@@ -26,24 +30,15 @@ def load_model(
         device: "auto" is the first GPU, else the CPU.
 
     Raises:
-        UserError: nothing is there, or it is no decoder-only causal language model, or a weight is not finite.
+        UserError: nothing is there, or it is no decoder-only causal language model, or a weight is not finite, or it
+            brings its own code without `remote_code`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code}
-    options |= {"local_files_only": True} if os.path.isdir(name) else {}
-    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
-        raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        check_causal(config)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and the hub raise dozens of kinds for a bad checkpoint
-        raise UserError(
-            f"model {name!r} cannot be loaded ({_first_line(error)}); give a folder or hub name of a causal LM."
-        ) from None
+    config = load_config(name, revision=revision, remote_code=remote_code)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code, "output_loading_info": True}
+    with _sentence_of(name):
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **options)
     if missing := sorted(map(str, info.get("missing_keys") or [])):
         raise UserError(
             f"model {name!r} lacks {len(missing)} of its weights ({missing[0]} first), which would be random; "
@@ -54,6 +49,63 @@ def load_model(
     layer_stack(model)
     check_finite(model)
     return model.to(resolve_device(device)).eval()
+
+
+def load_config(name: str, *, revision: str | None = None, remote_code: bool = False) -> Any:
+    """The configuration of a causal language model; code of the checkpoint's own runs with `remote_code` only.
+
+    Raises:
+        UserError: as for `load_model`.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    local = os.path.isdir(name)
+    if local:
+        folder_of(name)  # refuses adapters
+    if local and not os.path.exists(os.path.join(name, "config.json")):
+        raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
+    options: dict[str, Any] = {"revision": revision} | ({"local_files_only": True} if local else {})
+    with _sentence_of(name):
+        fields, _ = PreTrainedConfig.get_config_dict(name, **options)
+        check_remote_code(fields, name, allowed=remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=remote_code, **options)
+    check_causal(config)
+    return config
+
+
+def predictors_not_loaded(name: str, revision: str | None = None) -> str | None:
+    """What the user is told of tensors of multi-token prediction, which transformers does not load; None of none."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import safe_open
+    from transformers import PreTrainedConfig
+
+    names: list[str] = []
+    if os.path.isdir(name):
+        for path in sorted(Path(name).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names += file.keys()
+    elif isinstance(index := try_to_load_from_cache(name, INDEX, revision=revision), str):
+        names = list(read_json(Path(index)).get("weight_map", {}))
+    fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    try:
+        _, count = layer_count(text_fields(fields))
+        found = cut_names(names, fields, list(range(count))).predicting
+    except UserError:  # not told by the names; the model in memory is what counts
+        return None
+    return dropped_predictors(len(found)) if found else None
+
+
+@contextlib.contextmanager
+def _sentence_of(name: str) -> Iterator[None]:
+    """transformers, safetensors and the hub raise dozens of kinds for a bad checkpoint: all as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model {name!r} cannot be loaded ({_first_line(error)}); give a folder or hub name of a causal LM."
+        ) from None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, remote_code: bool = False) -> Any:

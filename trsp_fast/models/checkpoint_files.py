@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal_fields
+from trsp_fast.models.families import check_causal_fields, check_remote_code
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,13 +53,14 @@ def plain_file(folder: Path, name: str) -> Path:
     return real
 
 
-def read_config(src: str | Path) -> dict[str, Any]:
+def read_config(src: str | Path, *, remote_code: bool = False) -> dict[str, Any]:
     """config.json of a checkpoint's folder, known to be of a model whose layers can be taken out.
 
     Raises:
-        UserError: it is missing, broken or of another kind of model.
+        UserError: it is missing, broken, of another kind of model, or names code of its own without `remote_code`.
     """
     config = _read_json(folder_of(src), "config.json")
+    check_remote_code(config, str(src), allowed=remote_code)
     check_causal_fields(config)
     return config
 
@@ -168,7 +169,7 @@ def extension() -> Any:
         from trsp_fast import _surgery
     except ImportError as error:
         raise UserError(
-            f"removing layers on disk needs trsp_fast's C++ extension, which does not load ({error}); install a C++ "
-            "compiler and reinstall trsp_fast."
+            f"reading a checkpoint's files needs trsp_fast's C++ extension, which does not load ({error}); install a "
+            "C++ compiler and reinstall trsp_fast."
         ) from None
     return _surgery

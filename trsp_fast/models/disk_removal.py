@@ -5,7 +5,6 @@ Imports neither torch nor transformers. The planning and the moving are C++ (csr
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from trsp_fast.models.checkpoint_files import (
     weight_files,
 )
 from trsp_fast.models.families import disk_obstacle, layer_count, slice_config, text_fields
+from trsp_fast.models.tensor_names import cut_names
 from trsp_fast.run.output import staged_output, write_json
 
 # Other forms of the same weights; the unpruned ones must not lie beside the pruned model.
@@ -38,13 +38,18 @@ THREADS = 4  # enough to keep a fast disk busy; more only add seeks on a slow on
 
 @dataclass(frozen=True)
 class DiskRemoval:
-    """What `remove_layers_on_disk` did; `shared` bytes are extents that both checkpoints now own."""
+    """What `remove_layers_on_disk` did.
+
+    `shared` bytes are extents that both checkpoints now own; `predicting` are the tensors of multi-token prediction,
+    which stayed behind.
+    """
 
     out: Path
     removed: list[int]
     layers: int
     weight_files: list[str]
     left_out: list[str]
+    predicting: list[str]
     bytes: int
     shared: int
     copied: int
@@ -89,10 +94,9 @@ def remove_layers_on_disk(
             "trsp-fast remove does it by itself)."
         )
     with weight_files(folder) as files, _errors_of_disk(src):
-        path = _layer_path([tensor[0] for file in files for tensor in file.tensors], count, "text_config" in config)
-        names = _new_names(files, path, kept)
+        names = cut_names([tensor[0] for file in files for tensor in file.tensors], config, kept)
         with staged_output(dst) as stage:
-            weights, moved = _move_weights(files, names, stage, progress)
+            weights, moved = _move_weights(files, names.new, stage, progress)
             left_out = _bring_along(folder, stage, {file.name for file in files})
             write_json(stage / "config.json", sliced, strict=False)
             size = sum((stage / name).stat().st_size for name in weights)
@@ -102,53 +106,12 @@ def remove_layers_on_disk(
         layers=len(kept),
         weight_files=weights,
         left_out=left_out,
+        predicting=names.predicting,
         bytes=size,
         shared=moved[0],
         copied=moved[1],
         seconds=time.perf_counter() - start,
     )
-
-
-# ---- names
-
-
-def _layer_path(names: list[str], count: int, composite: bool) -> str:
-    """The prefix under which the tensors of the decoder layers stand: `model.layers` of `model.layers.0.mlp...`."""
-    indices: dict[str, set[int]] = {}
-    for name in names:
-        for found in re.finditer(r"\.(0|[1-9][0-9]{0,5})(?=\.)", name):
-            indices.setdefault(name[: found.start()], set()).add(int(found[1]))
-    stacks = [prefix for prefix, seen in indices.items() if set(range(count)) <= seen]
-    # Experts and the like are lists inside a layer.
-    stacks = [prefix for prefix in stacks if not any(prefix.startswith(f"{other}.") for other in stacks)]
-    if composite and len(stacks) > 1:  # the other towers of a vision-language model
-        stacks = [prefix for prefix in stacks if re.search(r"language|text", prefix)]
-    if len(stacks) != 1:
-        raise UserError(
-            f"the checkpoint has {len(stacks)} groups of tensors for {count} layers, not one; give a decoder model."
-        )
-    if beyond := sorted(indices[stacks[0]] - set(range(count))):
-        raise UserError(
-            f"the checkpoint has tensors of layer {stacks[0]}.{beyond[0]}, but the configuration names {count} layers "
-            "(multi-token prediction?); such models cannot be cut on disk."
-        )
-    return stacks[0]
-
-
-def _new_names(files: list[WeightFile], path: str, kept: list[int]) -> dict[str, str]:
-    """Old name -> new name of every tensor that stays."""
-    position = {old: new for new, old in enumerate(kept)}
-    layer = re.compile(re.escape(path) + r"\.(0|[1-9][0-9]{0,5})\.(.*)", re.DOTALL)
-    names = {}
-    for name in (tensor[0] for file in files for tensor in file.tensors):
-        found = layer.fullmatch(name)
-        if found is None:
-            names[name] = name
-        elif int(found[1]) in position:
-            names[name] = f"{path}.{position[int(found[1])]}.{found[2]}"
-    if len(set(names.values())) != len(names):
-        raise UserError(f"two tensors under {path} would have the same name; give an intact checkpoint.")
-    return names
 
 
 # ---- writing

@@ -17,6 +17,9 @@ if typing.TYPE_CHECKING:
 # The names under which configurations keep their number of layers.
 COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
+# The names under which they count layers of multi-token prediction, which are none of the decoder's.
+MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
 # Lists that may have one entry per layer by accident only.
 NOT_PER_LAYER = frozenset(
     {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "bad_words_ids", "suppress_tokens", "id2label"}
@@ -31,12 +34,14 @@ class Family:
     written_out: fields that config.json must have to be cut without transformers, which would derive them from the
         layers' numbers where they are missing. None: what it derives is not known.
     last_type: the layer type that transformers forces on the last layer when it loads the configuration.
+    mtp: layers of multi-token prediction that transformers takes for granted where config.json does not count them.
     refused: why layers cannot be taken out, where that is so.
     """
 
     sliced_tensors: tuple[tuple[str, int], ...] = ()
     written_out: tuple[str, ...] | None = None
     last_type: str | None = None
+    mtp: int = 0
     refused: str | None = None
 
 
@@ -44,7 +49,6 @@ _PER_LAYER_EMBEDDINGS = (("embed_tokens_per_layer.weight", 1), ("per_layer_model
 
 _UNIFORM = Family(written_out=())
 _TYPES = Family(written_out=("layer_types",))
-_DENSE_FIRST = Family(written_out=("first_k_dense_replace",))
 
 # model_type -> what is special. Fields of configurations that depend on layer numbers are in _FIELDS below.
 FAMILIES = {
@@ -66,7 +70,8 @@ FAMILIES = {
     ),
     # Their layers differ only where sliding windows are in use, see disk_obstacle.
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), _TYPES),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe"), _DENSE_FIRST),
+    "deepseek_v2": Family(written_out=("first_k_dense_replace",)),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe"), Family(written_out=("first_k_dense_replace",), mtp=1)),
     "gemma3n_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS),
     "gemma4_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS, last_type="full_attention"),
     "gpt_neo": Family(written_out=("attention_layers",)),
@@ -139,7 +144,7 @@ def check_causal(config: Any, architecture: str | None = None) -> None:
     name = architecture or (config.architectures or ["no architecture"])[0]
     check_causal_fields({**config.to_dict(), "architectures": [name]})
     causal = {c for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _as_tuple(names)}
-    if name not in causal:
+    if name not in causal and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise UserError(f"{name} is not a causal language model; trsp_fast prunes decoder-only ones, give one.")
 
 
@@ -171,6 +176,19 @@ def check_causal_fields(config: dict[str, Any]) -> None:
         )
     if config.get("quantization_config") is not None:
         raise UserError(f"{name} has quantised weights; prune the unquantised model and quantise the result.")
+
+
+def check_remote_code(config: dict[str, Any], name: str, *, allowed: bool) -> None:
+    """Refuse a checkpoint whose config.json's dict names code of its own, unless running that is allowed.
+
+    Raises:
+        UserError: with both ways out.
+    """
+    if config.get("auto_map") and not allowed:
+        raise UserError(
+            f"model {name!r} brings its own code (auto_map in config.json), which would be run; allow that with "
+            "--allow-remote-code, or take auto_map out of its config.json to use the class of transformers."
+        )
 
 
 # How transformers ends the names of classes that predict the next token.
@@ -209,10 +227,19 @@ def sliced_tensors(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     return family(config).sliced_tensors if text_fields(config).get("hidden_size_per_layer_input") else ()
 
 
+def mtp_layers(config: dict[str, Any]) -> int:
+    """How many layers of multi-token prediction a config.json's dict counts beside the decoder's own."""
+    fields = text_fields(config)
+    counts = [fields[name] for name in MTP_FIELDS if isinstance(fields.get(name), int)]
+    return min(max(counts[0], 0), 1000) if counts else family(config).mtp
+
+
 def disk_obstacle(config: dict[str, Any]) -> str | None:
     """Why a checkpoint with this config.json cannot be cut without transformers, None if it can."""
     fields, record = text_fields(config), family(config)
     kind = fields.get("model_type")
+    if config.get("auto_map"):
+        return "it brings its own code, and what that derives from the numbers of its layers is not known"
     if tensors := sliced_tensors(config):
         return f"{tensors[0][0]} holds a piece of every layer"
     if record.written_out is None:
@@ -247,6 +274,8 @@ def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     for key, rewrite in _FIELDS.items():
         if config.get(key):
             sliced |= rewrite(config, key, kept, count)
+    if mtp_layers(config):
+        sliced |= {key: 0 for key in MTP_FIELDS if key in config} or {MTP_FIELDS[0]: 0}
     forced, types = family(config).last_type, sliced.get("layer_types")
     if forced and types and types[-1] != forced:
         raise UserError(

@@ -35,7 +35,8 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
     values = model.config.to_dict()
     config = type(model.config).from_dict(slice_config(values, kept))
     config._attn_implementation = model.config._attn_implementation
-    config.dtype = model.config.dtype
+    stated = model.config.dtype  # save_pretrained leaves its name there, which some models cannot be built with
+    config.dtype = getattr(torch, stated) if isinstance(stated, str) else stated
     with torch.device("meta"):
         small = type(model)(config)
     new_names = {f"{stack.path}.{old}": f"{stack.path}.{new}" for new, old in enumerate(kept)}
