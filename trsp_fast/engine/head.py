@@ -86,7 +86,7 @@ def chunked_cross_entropy(head: nn.Linear, states: Tensor, tokens: Tensor) -> Te
     """
     dtype, labels = compute_dtype(head), next_tokens(tokens)
     exact = dtype.itemsize >= 4
-    with torch.autocast(states.device.type, enabled=False):
+    with torch.autocast(states.device.type, enabled=False):  # the dtypes of the sums inside are torch's own choice
         losses = F.linear_cross_entropy(
             states.flatten(0, 1).to(dtype),
             head.weight.to(dtype),
