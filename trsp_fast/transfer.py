@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.memory import MemoryPlan, plan_memory
-from trsp_fast.engine.objective import WindowOrder, distillation_loss
+from trsp_fast.engine.objective import WindowOrder
 from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
 from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
@@ -43,6 +43,7 @@ class _Training:
     masters: Masters
     weights: Named
     optimizer: torch.optim.Optimizer
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]] = field(init=False)
     done: int = 0
     readback: Readback = field(default_factory=Readback)
     streak: Streak = field(default_factory=lambda: Streak("2", "transfer.lr"))
@@ -99,6 +100,7 @@ def transfer(
         ):
             optimizer = adamw(weights.values(), settings.lr, (0.9, 0.95))
             run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
+            run.objective = _choose_objective(run, config.run.deterministic)
             plan = session.plan("transfer", lambda: _plan(run))
             during.enter_context(recomputed(model, plan.recomputed))
             _resume(run)
@@ -231,20 +233,20 @@ def _step(run: _Training) -> None:
 def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
     """Of some windows: what is minimised, the language model loss, the weighted penalty, and D by layer."""
     with run.masters.autocast:
-        lm_loss, objective = _objective(run, run.tokens[rows].to(run.gates.values.device))
+        objective, lm_loss = run.objective(run.tokens[rows].to(run.gates.values.device))
     distances = run.gates.distances(run.settings.norm)
     penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
     return objective + penalty, lm_loss, penalty, distances
 
 
-def _objective(run: _Training, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The language model loss, and what is minimised: that, or the distance to the untouched model's logits."""
-    output = run.model(input_ids=tokens, labels=tokens, use_cache=False)
-    if run.teacher is None:
-        return output.loss, output.loss
-    with torch.no_grad():
-        target = run.teacher(input_ids=tokens, use_cache=False).logits
-    return output.loss, distillation_loss(output.logits, target)
+def _choose_objective(run: _Training, reproducible: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What is minimised, and the language model loss, of windows of tokens."""
+    window = run.tokens[:1].to(run.gates.values.device)
+    with run.masters.autocast:
+        if run.teacher is not None:
+            return run.session.distillation(run.model, run.teacher, window)
+        loss = run.session.loss(run.model, window, reproducible=reproducible)
+    return lambda tokens: (loss(tokens),) * 2
 
 
 def _note(run: _Training, step: int, rows: Tensor, settings: dict[str, float], host: Figures) -> None:

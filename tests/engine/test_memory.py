@@ -123,7 +123,7 @@ def test_a_plan_is_made_once_and_read_back():
     assert (first, session.micro_batch) == (MemoryPlan(4, (0, 1), {"a": 5}, 10), 4)
     assert session.plan("select", make) == first
     assert len(made) == 1
-    kept = json.loads(json.dumps(session.keeper.facts["plans"]["select"]))
+    kept = json.loads(json.dumps(session.keeper.facts["decided"]["plan of select"]))
     assert MemoryPlan.from_dict(kept) == first
 
 
@@ -134,7 +134,7 @@ def test_layers_of_two_kinds_are_measured_apart(tokens):
     )
 
     def step(windows):
-        model(input_ids=tokens[:windows], labels=tokens[:windows]).loss.backward()
+        model(input_ids=tokens[:windows], labels=tokens[:windows], use_cache=False).loss.backward()
         model.zero_grad()
 
     costs = memory._measure(model, step, CPU, 2, [])

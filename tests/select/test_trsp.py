@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.losses import LossChoice
 from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.session import Session
 from trsp_fast.errors import Diverged, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
@@ -195,16 +197,16 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(llama, tokens):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "natural"])
 def test_a_step_that_is_not_finite_is_not_applied(llama, tokens, monkeypatch, optimizer):
     """Nor does it count in the curvature, nor in Adam's averages: all goes on as if it had not been."""
-    original, calls = trsp_stage_1.language_model_loss, []
+    original, calls = LossChoice.__call__, []
 
-    def poisoned(model, batch):
+    def poisoned(loss, batch):
         calls.append(batch)
-        return original(model, batch) * (float("nan") if len(calls) == 2 else 1.0)
+        return original(loss, batch) * (float("nan") if len(calls) == 2 else 1.0)
 
     settings = config(count=1, optimizer=optimizer, lr=0.05, steps_per_round=4)
     clean = choose(llama, tokens[:4], config(count=1, optimizer=optimizer, lr=0.05, steps_per_round=3))
-    monkeypatch.setattr(trsp_stage_1, "language_model_loss", poisoned)
-    history = choose(llama, tokens[:4], settings).history
+    monkeypatch.setattr(LossChoice, "__call__", poisoned)
+    history = choose_layers(llama, tokens[:4], settings, session=Session(micro_batch=4)).history
     assert [e["gates"] for e in history[2:]] == [e["gates"] for e in clean.history[1:]]
     assert history[1]["gates"] == history[2]["gates"]
 

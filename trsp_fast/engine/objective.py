@@ -1,6 +1,7 @@
 """The losses of both stages, and how batches are drawn."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,13 +25,24 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, tokens: Tensor, batch: int = INFERENCE_BATCH) -> float:
-    """Mean next-token loss over all windows, in evaluation mode; windows of one length weigh the same."""
+def mean_loss(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    batch: int = INFERENCE_BATCH,
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """Mean next-token loss over all windows, in evaluation mode; windows of one length weigh the same.
+
+    Args:
+        loss: of one batch, where not the model's own: a `losses.LossChoice` for vocabularies whose logits do not fit.
+    """
     device, training = next(model.parameters()).device, model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for part in tokens.split(batch):
-        total += language_model_loss(model, part.to(device)).double().cpu() * len(part)
+        part = part.to(device)
+        mean = language_model_loss(model, part) if loss is None else loss(part)
+        total += mean.double().cpu() * len(part)
     model.train(training)
     return float(total / len(tokens))
 

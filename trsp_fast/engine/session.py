@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trsp_fast.engine.distributed import Group
-from trsp_fast.engine.memory import MemoryPlan
+from trsp_fast.engine.losses import Distillation, LossChoice, choose_distillation, choose_loss, paired_seconds
+from trsp_fast.engine.memory import MemoryPlan, free_memory
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper
+
+LOGITS_SHARE = 4  # all logits of one window may take one part in so many of the free memory
 
 
 @dataclass
@@ -29,17 +34,47 @@ class Session:
     def __post_init__(self) -> None:
         self._given = self.micro_batch
 
+    def decide(self, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values that are found out once: an interrupted run goes on with what it had found."""
+        decided = self.keeper.facts.setdefault("decided", {})
+        if what not in decided:
+            decided[what] = self.group.agree(make())
+        return decided[what]
+
     def plan(self, stage: str, make: Callable[[], MemoryPlan]) -> MemoryPlan:
-        """The stage's memory plan: the one an interrupted run was made with, a preset `micro_batch`, or a new one."""
-        plans = self.keeper.facts.setdefault("plans", {})
-        if stage in plans:
-            plan = MemoryPlan.from_dict(plans[stage])
-        else:
-            plan = MemoryPlan(self._given) if self._given else make()
-            plans[stage] = plan.to_dict()
+        """The memory plan of a stage; a `micro_batch` that was given needs none."""
+        values = self.decide(f"plan of {stage}", lambda: (MemoryPlan(self._given) if self._given else make()).to_dict())
+        plan = MemoryPlan.from_dict(values)
         self.micro_batch = plan.micro_batch
-        self.events.emit("plan", stage=stage, **plan.to_dict())
+        self.events.emit("plan", stage=stage, **values)
         return plan
+
+    def loss(self, model: PreTrainedModel, window: Tensor, *, reproducible: bool) -> LossChoice:
+        """The language model loss of a stage, chosen on one window; see trsp_fast.engine.losses.
+
+        Without a GPU, or where bits must repeat, no stopwatch decides: then memory alone does.
+        """
+        probe = None if reproducible or not window.is_cuda else paired_seconds
+
+        def make() -> dict[str, Any]:
+            choice = choose_loss(model, window, budget=self._logits_budget(window), events=self.events, probe=probe)
+            return {"name": choice.name, "reason": choice.reason}
+
+        return LossChoice(model, **self.decide("loss", make))
+
+    def distillation(self, model: PreTrainedModel, teacher: PreTrainedModel, window: Tensor) -> Distillation:
+        """The distance to the untouched model's logits, chosen on one window."""
+        budget = self._logits_budget(window)
+
+        def make() -> dict[str, Any]:
+            choice = choose_distillation(model, teacher, window, budget=budget, events=self.events)
+            return {"name": choice.name, "reason": choice.reason, "budget": budget}
+
+        return Distillation(model, teacher, **self.decide("distillation", make))
+
+    @staticmethod
+    def _logits_budget(window: Tensor) -> int:
+        return free_memory(window.device) // LOGITS_SHARE
 
     def accumulate(self, rows: Tensor, work: Callable[[Tensor, float], None], begin: Callable[[], None]) -> None:
         """Call `work(rows, weight)` for each micro-batch of a batch's rows, after `begin()`.

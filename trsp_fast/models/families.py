@@ -36,6 +36,8 @@ class Family:
     last_type: the layer type that transformers forces on the last layer when it loads the configuration.
     mtp: layers of multi-token prediction that transformers takes for granted where config.json does not count them.
     refused: why layers cannot be taken out, where that is so.
+    plain_head: the logits are a linear layer of the last hidden states and the loss is their mean cross-entropy, as
+        read in transformers 5.23, unless a field of _HEAD_SWITCHES says otherwise.
     """
 
     sliced_tensors: tuple[tuple[str, int], ...] = ()
@@ -43,12 +45,13 @@ class Family:
     last_type: str | None = None
     mtp: int = 0
     refused: str | None = None
+    plain_head: bool = False
 
 
 _PER_LAYER_EMBEDDINGS = (("embed_tokens_per_layer.weight", 1), ("per_layer_model_projection.weight", 0))
 
-_UNIFORM = Family(written_out=())
-_TYPES = Family(written_out=("layer_types",))
+_UNIFORM = Family(written_out=(), plain_head=True)
+_TYPES = Family(written_out=("layer_types",), plain_head=True)
 
 # model_type -> what is special. Fields of configurations that depend on layer numbers are in _FIELDS below.
 FAMILIES = {
@@ -70,20 +73,32 @@ FAMILIES = {
     ),
     # Their layers differ only where sliding windows are in use, see disk_obstacle.
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), _TYPES),
-    "deepseek_v2": Family(written_out=("first_k_dense_replace",)),
-    **dict.fromkeys(("deepseek_v3", "glm4_moe"), Family(written_out=("first_k_dense_replace",), mtp=1)),
-    "gemma3n_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS),
-    "gemma4_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS, last_type="full_attention"),
-    "gpt_neo": Family(written_out=("attention_layers",)),
-    "jamba": Family(
-        written_out=("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset")
+    "deepseek_v2": Family(written_out=("first_k_dense_replace",), plain_head=True),
+    **dict.fromkeys(
+        ("deepseek_v3", "glm4_moe"), Family(written_out=("first_k_dense_replace",), mtp=1, plain_head=True)
     ),
-    "llama4_text": Family(written_out=("layer_types", "no_rope_layers", "moe_layers")),
+    "gemma3n_text": Family(sliced_tensors=_PER_LAYER_EMBEDDINGS, plain_head=True),
+    "gemma4_text": Family(
+        sliced_tensors=_PER_LAYER_EMBEDDINGS, last_type="full_attention", plain_head=True
+    ),
+    "gpt_neo": Family(written_out=("attention_layers",), plain_head=True),
+    "jamba": Family(
+        written_out=("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
+        plain_head=True,
+    ),
+    "llama4_text": Family(written_out=("layer_types", "no_rope_layers", "moe_layers"), plain_head=True),
+    # Its logits are always capped.
     "recurrent_gemma": Family(written_out=("block_types",)),
-    "smollm3": Family(written_out=("layer_types", "no_rope_layers")),
+    "smollm3": Family(written_out=("layer_types", "no_rope_layers"), plain_head=True),
     "rwkv": Family(refused="its first layer is unlike the others and its state is kept in a form of its own"),
     "zamba": Family(refused="its attention layers share one block, so a layer is not its own"),
     "zamba2": Family(refused="its attention layers share one block, so a layer is not its own"),
+}  # fmt: skip
+
+# Fields that scale or cap logits or add to the loss, and the value at which they do not (nor does None).
+_HEAD_SWITCHES = {
+    "final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0,
+    "z_loss_coefficient": 0.0, "output_router_logits": False,
 }  # fmt: skip
 
 
@@ -232,6 +247,18 @@ def mtp_layers(config: dict[str, Any]) -> int:
     fields = text_fields(config)
     counts = [fields[name] for name in MTP_FIELDS if isinstance(fields.get(name), int)]
     return min(max(counts[0], 0), 1000) if counts else family(config).mtp
+
+
+def head_obstacle(config: dict[str, Any]) -> str | None:
+    """Why the loss is more than the mean cross-entropy of a linear layer's logits, None if it is just that."""
+    if text_fields(config) is not config:
+        return "a composite model has a loss of its own"
+    if not family(config).plain_head:
+        return f"{config.get('model_type')} is not known to have a plain head"
+    for name, off in _HEAD_SWITCHES.items():
+        if (value := config.get(name)) is not None and value != off:
+            return f"its loss is changed by {name} = {value}"
+    return None
 
 
 def disk_obstacle(config: dict[str, Any]) -> str | None:

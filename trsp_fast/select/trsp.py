@@ -6,7 +6,7 @@ spread of the gradient over sequences is not noise: its second moment F is the c
 `natural` optimiser divides by F, `rank = fisher` orders by it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import SelectConfig, TRSPConfig
 from trsp_fast.engine.memory import MemoryPlan, plan_memory
-from trsp_fast.engine.objective import WindowOrder, language_model_loss, mean_loss
+from trsp_fast.engine.objective import WindowOrder, mean_loss
 from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
 from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
@@ -48,6 +48,7 @@ class _Learning:
     steps: int
     masters: Masters
     weights: Named
+    loss: Callable[[Tensor], Tensor] = field(init=False)
     index: int = 0
     done: int = 0
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
@@ -100,6 +101,9 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             masters=masters,
             weights=dict(model.named_parameters()) if settings.train_weights else {},
         )
+        window = tokens[:1].to(gates.values.device)
+        with masters.autocast:
+            learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
         during.enter_context(recomputed(model, session.plan("select", lambda: _plan(learning, batch)).recomputed))
         _begin_or_resume(learning)
         for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
@@ -243,7 +247,7 @@ def _learn_step(learning: _Learning) -> None:
 def _pass(learning: _Learning, rows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Forward and backward of some windows: their loss, and the gradient by sequence and gate of loss * weight."""
     with learning.masters.autocast:
-        loss = language_model_loss(learning.model, learning.tokens[rows].to(learning.gates.values.device))
+        loss = learning.loss(learning.tokens[rows].to(learning.gates.values.device))
     (loss * weight).backward()
     own = learning.gates.gradients()
     assert own is not None
