@@ -530,7 +530,7 @@ def test_verify_either_way(run, model, tmp_path, way):
 def test_verify_streams_where_memory_is_short(run, model, tmp_path, monkeypatch):
     run("remove", model, "--layers", "1,3", "--out", tmp_path / "out")
     assert "layer by layer" not in run("verify", model, tmp_path / "out", "--removed", "1,3")[2]
-    monkeypatch.setattr("trsp_fast.models.streamed_verify.available_memory", lambda: 100_000)
+    monkeypatch.setattr("trsp_fast.models.streamed_verify.free_memory", lambda: 100_000)
     code, _, error = run("verify", model, tmp_path / "out", "--removed", "1,3")
     assert code == 0
     assert "read layer by layer" in error

@@ -163,6 +163,7 @@ def _plan(run: _Training) -> MemoryPlan:
         run.model,
         step,
         min(run.order.batch, len(run.tokens)),
+        run.tokens.shape[1],
         gated=run.gates.layers,
         held={"fp32 copies": run.masters.growth, "untouched model": teacher},
         coming={"optimiser": 8 * trained},

@@ -18,7 +18,7 @@ from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.disk_removal import remove_layers_on_disk
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.streamed_model import StreamedModel
-from trsp_fast.models.streamed_verify import available_memory, needs_streaming, verify_streamed
+from trsp_fast.models.streamed_verify import free_memory, needs_streaming, verify_streamed
 from trsp_fast.models.tensor_names import cut_names
 from trsp_fast.models.tensor_stream import Pieces, SpreadTensor, open_tensors, side_by_side
 from trsp_fast.models.verify import require, verify_checkpoints
@@ -244,9 +244,9 @@ def test_pieces_are_compared_and_put_back(tmp_path, monkeypatch):
 
 
 def test_streaming_is_chosen_by_memory(pair, monkeypatch):
-    assert 1 << 20 < available_memory() < 1 << 50
+    assert 1 << 20 < free_memory() < 1 << 50
     assert not needs_streaming(*pair)
-    monkeypatch.setattr("trsp_fast.models.streamed_verify.available_memory", lambda: 100_000)
+    monkeypatch.setattr("trsp_fast.models.streamed_verify.free_memory", lambda: 100_000)
     assert needs_streaming(*pair)
 
 

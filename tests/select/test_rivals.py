@@ -1,16 +1,20 @@
 """ShortGPT, SLEB and the trivial choices against their definitions, written out."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from zoo import build
 
 from trsp_fast import select_layers
 from trsp_fast.config import TRSPConfig
 from trsp_fast.errors import UserError
-from trsp_fast.models.gates import bypassed
+from trsp_fast.models.gates import LayerGates, bypassed
+from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
 from trsp_fast.select.shortgpt import block_influence
+from trsp_fast.select.sleb import judge_layers, losses_without, plain_losses_without
 
 
 def test_block_influence_is_one_minus_the_mean_cosine(llama, tokens):
@@ -40,7 +44,63 @@ def test_sleb_is_greedy_on_the_loss(llama, tokens):
         chosen.append(min(losses, key=losses.get))
     selection = choose_layers(llama, tokens, TRSPConfig.from_dict({"num_layers": 2, "select": {"method": "sleb"}}))
     assert selection.layers == chosen
-    assert selection.window_forwards == 8 * (6 + 5)
+    # Per round with n alive: three windows of proof; n - 2 layers walked up, each candidate's own layers, and the last
+    # one's below it; as shares of n.
+    shares = [sum((n - 2, *range(n - 1, 0, -1), 1)) / n for n in (6, 5)]
+    assert selection.window_forwards == math.ceil(sum(3 + 8 * share for share in shares))
+    assert selection.window_forwards < 8 * (6 + 5)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [4, 1, 3], [2, 5], [3]])
+def test_losses_without_are_those_of_whole_passes(llama, tokens, layers, monkeypatch):
+    """Bit for bit, with layers that are bypassed already by the gates or by `gone`, and with a smaller last batch."""
+    tokens = (tokens.repeat(3, 1)[:19] + torch.arange(19)[:, None]) % 97
+    with LayerGates(llama) as gates, gates.neutral():
+        gates.bypass([0] if 0 not in layers else [])
+        gone = [] if 2 in layers else [2]
+        whole = plain_losses_without(llama, tokens, gone, layers)
+        assert whole == losses_without(llama, tokens, gone, layers)
+        assert list(losses_without(llama, tokens, gone, layers)) == layers
+
+
+def test_sleb_runs_the_unchanged_prefix_once(llama, tokens, monkeypatch):
+    calls = []
+    for index, layer in enumerate(llama.model.layers):
+        real = layer.mlp.forward
+        monkeypatch.setattr(layer.mlp, "forward", lambda x, i=index, f=real: (calls.append((i, len(x))), f(x))[1])
+    judged = judge_layers(llama, tokens, [], list(range(6)))
+    reused = sum(size for _, size in calls)
+    assert reused / 6 <= judged.cost <= reused / 6 + 0.5  # in the proof a candidate is bypassed, which counts as run
+    calls.clear()
+    plain_losses_without(llama, tokens, [], list(range(6)))
+    assert sum(size for _, size in calls) == 8 * 6 * 5
+    # The walk takes 4 layers, and the candidates 5 + 4 + 3 + 2 + 1 and, for the last, 1.
+    assert reused <= 8 * (4 + 15 + 1) + 3 * 6
+
+
+def test_where_the_prefix_cannot_be_reused_sleb_says_so():
+    """The balance of Mixtral's experts enters the loss from every layer: whole passes, the same choice, a note."""
+    model, texts = build("mixtral"), []
+    model.config.output_router_logits = True
+    tokens = torch.randint(1, 90, (8, 12), generator=torch.Generator().manual_seed(1))
+    events = Events(lambda kind, values: texts.append(values["text"]) if kind == "note" else None)
+    settings = TRSPConfig.from_dict({"num_layers": 2, "select": {"method": "sleb"}})
+    selection = choose_layers(model, tokens, settings, events)
+    assert selection.history[0]["losses"] == plain_losses_without(model, tokens, [], list(range(8)))
+    assert selection.window_forwards == 2 * 3 + 8 * (8 + 7)
+    assert len(texts) == 1
+    assert "the loss from the states" in texts[0]
+
+
+def test_shared_keys_and_values_keep_the_states_below_their_layer():
+    """Gemma 3n: layer 3 makes the keys and values of layers 5 to 7, so no pass can begin above it."""
+    model = build("gemma3n")
+    tokens = torch.randint(1, 90, (8, 12), generator=torch.Generator().manual_seed(1))
+    layers = [0, 1, 2, 5, 6, 7]
+    judged = judge_layers(model, tokens, [], layers)
+    assert judged.obstacle == "layer 3 hands on more than hidden states"
+    assert judged.losses == plain_losses_without(model, tokens, [], layers)
+    assert judged.cost < 8 * len(layers)
 
 
 def test_trivial_choices(llama, tokens):

@@ -1,17 +1,18 @@
-"""Gates on decoder layers, the difference between a layer's input and output, and the bypass."""
+"""Gates on decoder layers and the difference between a layer's input and output."""
 
 import functools
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import LayerStack, layer_stack
+from trsp_fast.models.bypass import ABSENT, Identity, replace_forward, restore_forward
+from trsp_fast.models.bypass import bypassed as bypassed
+from trsp_fast.models.families import layer_stack
 from trsp_fast.ops import gated_residual, residual_norms
 
 
@@ -91,12 +92,13 @@ class LayerGates:
         """Make `layers` the identity, at no cost per forward pass, until `restore` or the end of the context."""
         for index in layers:
             if index not in self._bypassed:
-                self._bypassed[index] = _install_bypass(self._model, self.stack, index)
+                identity = Identity(self._model, self.stack, index)
+                self._bypassed[index] = replace_forward(self.stack.layers[index], identity)
 
     def restore(self, layers: Iterable[int]) -> None:
         """Undo `bypass`."""
         for index in list(layers):
-            _remove_bypass(self.stack.layers[index], self._bypassed.pop(index))
+            restore_forward(self.stack.layers[index], self._bypassed.pop(index))
 
     @contextmanager
     def neutral(self) -> Iterator[None]:
@@ -150,20 +152,20 @@ class LayerGates:
             _refuse_reentrant(module)
             x = args[0] if args else kwargs["hidden_states"]
             if index in self._bypassed:
-                self._collect(index, _sequences_first(x), *self._detached_norms(index, x, args, kwargs))
+                self._collect(index, sequences_first(x), *self._detached_norms(index, x, args, kwargs))
                 return None
             out = output[0] if isinstance(output, tuple) else output
             y = self._apply(index, x, out, args, kwargs)
             if y is None:
                 return None
-            y = _as_layers_have_it(y)
+            y = as_layers_have_it(y)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook
 
     def _apply(self, index: int, x: Tensor, out: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The gated output, or None where the layer's own output stays; the norms are put down by layer index."""
-        states, out = _sequences_first(x), _sequences_first(out)
+        states, out = sequences_first(x), sequences_first(out)
         mask = self._token_mask(states)
         fused = self.with_norms and not self.detach_norms
         y = l1 = l2 = None
@@ -199,11 +201,11 @@ class LayerGates:
             return None, None
         layer, x = self.stack.layers[index], x.detach()
         forward = self._bypassed.get(index, layer.forward)  # what the bypass replaced
-        if forward is _ABSENT:
+        if forward is ABSENT:
             forward = functools.partial(type(layer).forward, layer)
         output = forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
         out = output[0] if isinstance(output, tuple) else output
-        x, out = _sequences_first(x), _sequences_first(out)
+        x, out = sequences_first(x), sequences_first(out)
         return residual_norms(x, out, token_mask=self._token_mask(x), backend=self.backend)
 
 
@@ -227,86 +229,14 @@ def _kept_elements(x: Tensor, mask: Tensor | None) -> Tensor | int:
     return (mask.flatten(1).sum(1) * per_token).clamp(min=1).float()
 
 
-def _sequences_first(states: Tensor) -> Tensor:
+def sequences_first(states: Tensor) -> Tensor:
     """Hidden states as (G, ..., S, H). Gemma 3n keeps several streams of every token: (streams, G, S, H)."""
     return states if states.dim() <= 3 else states.movedim(-3, 0)
 
 
-def _as_layers_have_it(states: Tensor) -> Tensor:
-    """The inverse of `_sequences_first`."""
+def as_layers_have_it(states: Tensor) -> Tensor:
+    """The inverse of `sequences_first`."""
     return states if states.dim() <= 3 else states.movedim(0, -3)
-
-
-@contextmanager
-def bypassed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """The model with `layers` as the identity, at no cost per forward pass.
-
-    Raises:
-        UserError: at the forward pass, if it uses a KV cache whose length is read from a bypassed layer.
-    """
-    stack = layer_stack(model)
-    before = {index: _install_bypass(model, stack, index) for index in layers}
-    try:
-        yield model
-    finally:
-        for index, forward in before.items():
-            _remove_bypass(stack.layers[index], forward)
-
-
-_ABSENT = object()
-
-
-def _install_bypass(model: PreTrainedModel, stack: LayerStack, index: int) -> Any:
-    """Replace the layer instance's `forward` by the identity; what was there in the instance before, or `_ABSENT`."""
-    layer = stack.layers[index]
-    returned = _returned(model, layer)
-    reports_length = index in _length_layers(model, len(stack))
-
-    def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        for cache in caches:  # given as past_key_values by some models, as layer_past by others
-            if hasattr(cache, "miss"):
-                cache.miss(index)
-        if reports_length and not all(hasattr(cache, "miss") for cache in caches):
-            raise UserError(
-                f"layer {index} is bypassed and the KV cache reads its length there; "
-                "call the model with use_cache=False, give a SlabCache, or remove the layer with remove_layers."
-            )
-        return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
-
-    before = layer.__dict__.get("forward", _ABSENT)
-    layer.__dict__["forward"] = identity
-    return before
-
-
-def _remove_bypass(layer: nn.Module, before: Any) -> None:
-    del layer.__dict__["forward"]
-    if before is not _ABSENT:
-        layer.__dict__["forward"] = before
-
-
-def _length_layers(model: PreTrainedModel, count: int) -> set[int]:
-    """The layers at which transformers reads a cache's length: the first, and the first of every layer type."""
-    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["full"] * count
-    return {types.index(kind) for kind in set(types)}
-
-
-def _returned(model: PreTrainedModel, layer: nn.Module) -> int:
-    """Entries of the tuple that a layer hands on, 0 for a tensor; where its signature does not say, a pass tells."""
-    annotation = inspect.signature(type(layer).forward).return_annotation
-    if annotation in (Tensor, "torch.Tensor", "Tensor"):
-        return 0
-    seen: list[int] = []
-    handle = layer.register_forward_hook(
-        lambda _module, _args, output: seen.append(len(output) if isinstance(output, tuple) else 0)
-    )
-    try:
-        with torch.no_grad():
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-            model(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _refuse_reentrant(layer: nn.Module) -> None:

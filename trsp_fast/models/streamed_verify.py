@@ -5,7 +5,6 @@ embeddings and the head.
 """
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
 from trsp_fast.models.checkpoint import checkpoint_bytes, load_config
 from trsp_fast.models.families import layer_count, sliced_tensors, text_fields
+from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.streamed_model import StreamedModel
 from trsp_fast.models.tensor_names import CutNames, cut_names
@@ -38,22 +38,7 @@ GENERATED = 3  # tokens; every one is a pass over the files, and the second woul
 
 def needs_streaming(source: str | Path, pruned: str | Path) -> bool:
     """Whether the proof in memory might not fit: both models, in fp32 where the files may hold 16 bits a weight."""
-    return 2 * (checkpoint_bytes(source) + checkpoint_bytes(pruned)) > available_memory()
-
-
-def available_memory() -> int:
-    """Bytes that this process can still get, by the kernel's estimate and the limit of its control group."""
-    system = Path("/proc/meminfo")
-    if system.exists():
-        fields = dict(line.split(":", 1) for line in system.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    else:  # no Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, int(limit) - int(used["anon"]))  # without cached files, which give way
-    return free
+    return 2 * (checkpoint_bytes(source) + checkpoint_bytes(pruned)) > free_memory()
 
 
 def verify_streamed(

@@ -1,17 +1,46 @@
 """SLEB (arXiv 2402.09025): greedily bypass the layer without which the calibration loss is smallest."""
 
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
-from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.objective import INFERENCE_BATCH, language_model_loss, mean_loss
 from trsp_fast.engine.session import Session
-from trsp_fast.models.gates import bypassed
+from trsp_fast.models.bypass import bypassed
+from trsp_fast.models.prefix import Prefix
+from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
+
+PROOF = 3  # passes of one window to find out whether the prefix can be reused; where less is to be gained, it is not
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Losses by bypassed layer, and what they took.
+
+    cost: in forward passes of one window; a pass through some of the alive layers counts as their share of all that
+        were alive before the candidate went.
+    obstacle: why the unchanged prefix could not be reused, None where it was or where there was nothing to reuse.
+    """
+
+    losses: dict[int, float]
+    cost: float
+    obstacle: str | None = None
 
 
 def losses_without(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> dict[int, float]:
-    """Calibration loss with `gone` and one more of `layers` bypassed, for each of `layers`."""
+    """Calibration loss with `gone` and one more of `layers` bypassed, for each of `layers`; see `judge_layers`."""
+    return judge_layers(model, tokens, gone, layers).losses
+
+
+def plain_losses_without(
+    model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]
+) -> dict[int, float]:
+    """What `losses_without` finds, by a whole pass for each layer."""
     losses = {}
     for layer in layers:
         with bypassed(model, [*gone, layer]):
@@ -19,16 +48,102 @@ def losses_without(model: PreTrainedModel, tokens: Tensor, gone: list[int], laye
     return losses
 
 
+@torch.no_grad()
+def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> Judgement:
+    """`losses_without` with its cost: what lies below a candidate is the same for all above it and runs once.
+
+    Candidates are tried upwards. The states that enter one are kept for a batch of windows until the next one needs
+    them one piece further up, so that one batch of hidden states is all the memory this takes, and every loss is that
+    of the plain form, bit for bit (the batches are the same). Where two candidates on one window show that it is not,
+    the plain form is used; where layers hand on more than hidden states, the kept states stay below them.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with bypassed(model, gone):
+            prefix, ordered = Prefix(model), sorted(layers)
+            starts: dict[int, int] = {}
+            obstacle, cost = None, 0.0
+            if _gain(prefix, len(tokens), ordered) > PROOF:
+                starts, obstacle = _starts(prefix, tokens[:1].to(device), ordered)
+                cost += PROOF
+            if starts:
+                totals = dict.fromkeys(layers, 0.0)
+                for part in tokens.split(INFERENCE_BATCH):
+                    cost += _add_batch(prefix, part.to(device), starts, totals)
+                return Judgement({layer: total / len(tokens) for layer, total in totals.items()}, cost, obstacle)
+    finally:
+        model.train(training)
+    return Judgement(plain_losses_without(model, tokens, gone, layers), cost + len(tokens) * len(layers), obstacle)
+
+
+def _starts(prefix: Prefix, window: Tensor, layers: list[int]) -> tuple[dict[int, int], str | None]:
+    """Where each candidate's pass begins, empty for the plain form; and what is in the way of more.
+
+    It takes `PROOF` passes of the window: one to look, one whole, one in two halves.
+    """
+    highest, obstacle = prefix.highest(window), None
+    if highest < layers[-2]:
+        obstacle = f"layer {highest} hands on more than hidden states"
+    starts = _nearest(layers, highest)
+    if top := max(starts.values()):
+        if not prefix.agrees(window, top, prefix.entering(window, top), [layers[-1]]):
+            return {}, f"the loss from the states that enter layer {top} on is another"
+        return starts, obstacle
+    return {}, obstacle
+
+
+def _nearest(layers: list[int], highest: int) -> dict[int, int]:
+    """For each candidate (ascending) the next layer below or at it at which a pass may begin.
+
+    To stop at the last candidate would gain nothing: no other needs what is below it.
+    """
+    places = [0, *(layer for layer in layers[:-1] if layer <= highest)]
+    return {layer: max(place for place in places if place <= layer) for layer in layers}
+
+
+def _gain(prefix: Prefix, samples: int, layers: list[int]) -> float:
+    """Passes of one window that are saved at most."""
+    skipped = [prefix.alive(0, start) for start in _nearest(layers, len(prefix.stack)).values()]
+    return (sum(skipped) - max(skipped)) * samples / max(1, prefix.alive(0, len(prefix.stack)))
+
+
+def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: dict[int, float]) -> float:
+    """Add one batch's losses, times its windows, to `losses`; the cost."""
+    ran, start, states = 0, 0, None
+    for layer, wanted in starts.items():
+        if wanted > start:
+            ran += prefix.alive(start, wanted)
+            states = prefix.entering(tokens, wanted, start, states)
+            start = wanted
+        # A copy: a layer that wrote into its input would change the later candidates' states.
+        with prefix.skipped(start, None if states is None else states.clone(), [layer]):
+            losses[layer] += float(language_model_loss(prefix.model, tokens).double()) * len(tokens)
+        ran += prefix.alive(start, layer) + prefix.alive(layer + 1, len(prefix.stack))
+    return ran * len(tokens) / max(1, prefix.alive(0, len(prefix.stack)))
+
+
 def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
-    """`count` rounds, each trying every layer that is left."""
+    """`count` rounds, each trying every layer that is left. The state is saved after every round."""
     chosen: list[int] = []
-    history, cost = [], 0
-    for round_index in range(count):
-        alive = [layer for layer in candidates(model, config) if layer not in chosen]
-        losses = losses_without(model, tokens, chosen, alive)
-        cost += len(tokens) * len(alive)
-        chosen.append(min(alive, key=lambda layer: losses[layer]))
-        entry = {"round": round_index, "layer": chosen[-1], "losses": losses}
-        history.append(entry)
-        session.events.emit("round", **entry)
-    return Selection(chosen, history, cost, history)
+    history, cost = [], 0.0
+    if state := session.keeper.found("select"):
+        chosen, history, cost = state.values["chosen"], state.values["history"], state.values["cost"]
+        session.events.emit("resumed", stage="select", round=len(chosen), step=0)
+
+    def save() -> State:
+        return State("select", len(chosen), {"chosen": chosen, "history": history, "cost": cost})
+
+    with session.keeper.steps():
+        for index in range(len(chosen), count):
+            alive = [layer for layer in candidates(model, config) if layer not in chosen]
+            judged = judge_layers(model, tokens, chosen, alive)
+            cost += judged.cost
+            if judged.obstacle and index == 0:
+                session.events.note(f"SLEB computes more than it should need to: {judged.obstacle}.")
+            chosen.append(session.group.agree(min(alive, key=lambda layer: judged.losses[layer])))
+            entry = {"round": index, "layer": chosen[-1], "losses": judged.losses}
+            history.append(entry)
+            session.events.emit("round", **entry)
+            session.keeper.after_step(save, always=True)
+    return Selection(chosen, history, math.ceil(cost), history)

@@ -6,6 +6,7 @@ spread of the gradient over sequences is not noise: its second moment F is the c
 `natural` optimiser divides by F, `rank = fisher` orders by it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,10 +25,11 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.prefix import PrefixStates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
-from trsp_fast.select.sleb import losses_without
+from trsp_fast.select.sleb import judge_layers
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
 JUDGE_WINDOWS = 32  # calibration windows on which a shortlist is judged
@@ -48,6 +50,7 @@ class _Learning:
     steps: int
     masters: Masters
     weights: Named
+    prefix: PrefixStates | None = None
     loss: Callable[[Tensor], Tensor] = field(init=False)
     index: int = 0
     done: int = 0
@@ -126,6 +129,7 @@ def _plan(learning: _Learning, batch: int) -> MemoryPlan:
         learning.model,
         step,
         min(batch, len(learning.tokens)),
+        learning.tokens.shape[1],
         gated=learning.alive,
         held={"fp32 copies": learning.masters.growth},
         coming={"optimiser": 8 * trained},
@@ -200,12 +204,22 @@ def _learn_round(learning: _Learning) -> None:
     """The steps of one round that are still to do."""
     if learning.done == 0:
         _begin_round(learning)
+    _keep_prefix(learning)
     while learning.done < learning.steps:
         _learn_step(learning)
         learning.done += 1
         if learning.done < learning.steps:  # after the last one the choice is next, then the round is saved
             learning.session.keeper.after_step(lambda: _state(learning))
     learning.readback.flush()
+
+
+def _keep_prefix(learning: _Learning) -> None:
+    """What lies below the lowest gate is the same in every step; it changes only when that gate's layer goes."""
+    first = learning.alive[0]
+    if learning.prefix is None or learning.prefix.first != first:
+        learning.prefix = None  # let go of the old states before new ones are made
+        if not learning.weights and learning.steps > 1:
+            learning.prefix = PrefixStates.build(learning.model, learning.tokens, first, learning.session.events)
 
 
 def _learn_step(learning: _Learning) -> None:
@@ -246,7 +260,8 @@ def _learn_step(learning: _Learning) -> None:
 
 def _pass(learning: _Learning, rows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Forward and backward of some windows: their loss, and the gradient by sequence and gate of loss * weight."""
-    with learning.masters.autocast:
+    known = learning.prefix.rows(rows) if learning.prefix else nullcontext()
+    with learning.masters.autocast, known:
         loss = learning.loss(learning.tokens[rows].to(learning.gates.values.device))
     (loss * weight).backward()
     own = learning.gates.gradients()
@@ -329,8 +344,9 @@ def _lowest(learning: _Learning, wanted: int) -> list[int]:
         short = ranked[: max(settings.shortlist, wanted)]
         judge = learning.tokens[:JUDGE_WINDOWS]
         with gates.neutral():
-            judged = losses_without(learning.model, judge, [], short)
-        learning.cost += len(judge) * len(short)
+            judgement = judge_layers(learning.model, judge, [], short)
+        judged = judgement.losses
+        learning.cost += math.ceil(judgement.cost)
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
         entry = {
