@@ -4,7 +4,8 @@ python bench/bench_step.py [--device cuda] [--shapes 1B,7B] [--pairs 3] [--profi
 
 Stage 1 of the plain port trains all weights with the gates (the published code), trsp_fast's preset `paper` freezes
 them; stage 2 is the same recipe in both. On a CPU the built-in model, on a GPU random Llamas in bf16. The arms run in
-turn in one process, `--pairs` times, and every ratio is a median over these pairs. Where `--steps` is less than the
+turn in one process, `--pairs` times, and every ratio is a median over these pairs; on a CPU they take turns after every
+step, so that what else the machine does hits both. Where `--steps` is less than the
 recipe has, the rest is counted and extrapolated by the median step of its round. Memory is what a run holds above the
 weights at its peak, each in a process of its own: on a CPU the growth of the resident set (VmHWM) over that with the
 model loaded and one forward pass of one token done, on a GPU that of torch's allocator.
@@ -13,35 +14,39 @@ No ratio is given where the arms' first losses differ: the weights are equal the
 """
 
 import argparse
-import contextlib
-import ctypes
 import gc
-import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
+import step_memory
 import step_profile
 import torch
 from safetensors.torch import load_file, save_file
-from step_arms import ARMS, SHAPES, Subject, run_stage
+from step_arms import ARMS, SHAPES, Subject, in_turn, run_stage
 from step_figures import STAGES, Matmuls, Plan, Run, agree, speedup, stage_flops, stage_seconds, train_seconds
 from transformers.utils import logging
 
 from trsp_fast.config import merge, parse_setting
 
 PARTS = (*STAGES, "whole")
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}  # the arms' threads allocate as a program of one thread does
 
 
 def main() -> None:
     arguments = parse()
     logging.disable_progress_bar()
     if arguments.peak:
-        print(json.dumps(peak(*arguments.peak, arguments)))
+        arm, part, name, tokens = arguments.peak
+        stages = STAGES if part == "whole" else (part,)
+        print(step_memory.peak_bytes(arm, stages, make_subject(name, Path(tokens), arguments), changes_of(arguments)))
         return
     content: dict[str, Any] = {
         "machine": measure.machine(arguments.device), "settings": arguments.set, "pairs": arguments.pairs, "rows": [],
@@ -119,21 +124,20 @@ def make_subject(name: str, tokens: Path, arguments: argparse.Namespace) -> Subj
 def rows_of(subject: Subject, tokens: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All figures of one model: the pairs, then each arm's peak in its own process."""
     runs: dict[tuple[str, str], list[Run]] = {(arm, stage): [] for arm in arguments.arms for stage in STAGES}
-    rates, failed = [], {}
+    rates, failed = [], set[tuple[str, str]]()
     sizes = Matmuls.of(subject.fresh())
     for pair in range(arguments.pairs):
         rates.append(matmul_rate(subject.device, subject.dtype))
+        # who comes second finds warm caches: the order turns
+        arms = arguments.arms if pair % 2 == 0 else arguments.arms[::-1]
         for stage in STAGES:
-            # who comes second finds warm caches: the order turns
-            for arm in arguments.arms if pair % 2 == 0 else reversed(arguments.arms):
-                if (arm, stage) in failed:
-                    continue
-                try:
-                    runs[arm, stage].append(one_run(arm, stage, subject, arguments))
-                except torch.OutOfMemoryError:
-                    failed[arm, stage] = "out of memory"
+            for arm, run in one_pair([arm for arm in arms if (arm, stage) not in failed], stage, subject, arguments):
+                if run is None:
+                    failed.add((arm, stage))
                     runs[arm, stage] = []
-                print(f"{subject.name}: pair {pair + 1}, {stage}, {arm}", file=sys.stderr, flush=True)
+                else:
+                    runs[arm, stage].append(run)
+            print(f"{subject.name}: pair {pair + 1}, {stage}", file=sys.stderr, flush=True)
     give_memory_back(subject.device)  # to the processes that measure memory
     rows = []
     for part in PARTS:
@@ -141,17 +145,32 @@ def rows_of(subject: Subject, tokens: Path, arguments: argparse.Namespace) -> li
         for arm in arguments.arms:
             row = {"model": subject.name, "part": part, "arm": arm, "agree": agreed}
             stages = STAGES if part == "whole" else (part,)
-            problems = [failed[arm, stage] for stage in stages if (arm, stage) in failed]
-            row |= {"problem": problems[0]} if problems else timing_row(part, arm, runs, subject, sizes, rates, agreed)
-            row["peak_bytes"] = None if problems else peak_of(arm, part, subject.name, tokens, arguments)
+            if failed.intersection((arm, stage) for stage in stages):
+                row |= {"problem": "out of memory", "peak_bytes": None}
+            else:
+                row |= timing_row(part, arm, runs, subject, sizes, rates, agreed)
+                row["peak_bytes"] = peak_of(arm, part, subject.name, tokens, arguments)
             rows.append(row)
     with_memory_ratios(rows)
     return rows
 
 
-def one_run(arm: str, stage: str, subject: Subject, arguments: argparse.Namespace) -> Run:
-    give_memory_back(subject.device)
-    return run_stage(arm, stage, subject.fresh(), subject, changes_of(arguments))
+def one_pair(
+    arms: list[str], stage: str, subject: Subject, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Run | None]]:
+    """A run of each arm: a step at a time in turn, or (a GPU holds one only) whole; None: out of memory."""
+    changes = changes_of(arguments)
+    if subject.device != "cuda":
+        models = {arm: subject.fresh() for arm in arms}
+        calls = {arm: partial(run_stage, arm, stage, models[arm], subject, changes) for arm in arms}
+        yield from in_turn(calls).items()
+        return
+    for arm in arms:
+        give_memory_back(subject.device)
+        try:
+            yield arm, run_stage(arm, stage, subject.fresh(), subject, changes)
+        except torch.OutOfMemoryError:
+            yield arm, None
 
 
 def give_memory_back(device: str) -> None:
@@ -209,7 +228,7 @@ def timing_row(
         "tokens_per_s": sum(plan.samples * seq * (plan.rounds if s == "select" else 1) for s in stages) / middle,
         "matmul_gflops": statistics.median(rates) / 1e9,
         "mfu": statistics.median(flops / s / rate for s, rate in zip(seconds, rates, strict=True)),
-        "measured_steps": measured * len(seconds),
+        "measured_steps": measured,
         "counted_steps": counted,
         "extrapolated": measured < counted,
         "first_loss": runs[arm, stages[0]][0].losses[0],
@@ -228,48 +247,19 @@ def with_memory_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def peak_of(arm: str, part: str, name: str, tokens: Path, arguments: argparse.Namespace) -> int | None:
-    """`peak` in a process of its own; None where it ran out of memory."""
+    """`step_memory.peak_bytes` in a process of its own; None where it ran out of memory."""
     command = [sys.executable, __file__, "--device", arguments.device, "--samples", str(arguments.samples)]
     command += [option for setting in arguments.set for option in ("--set", setting)]
     command += ["--batch", str(arguments.batch)] if arguments.batch else []
     # Adam's state is there from the second step on, and a round has no more than the one before it.
     command += ["--steps", str(min(arguments.steps, 8)), "--peak", arm, part, name, str(tokens)]
     print(f"{name}: peak, {part}, {arm}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | ONE_ARENA, capture_output=True, text=True, check=False)
     if done.returncode and "OutOfMemoryError" in done.stderr:
         return None
     if done.returncode:
         sys.exit(f"the run of {arm} for its memory failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak(arm: str, part: str, name: str, tokens: str, arguments: argparse.Namespace) -> int:
-    """The most bytes that this process holds above the loaded weights while `part` runs."""
-    subject = make_subject(name, Path(tokens), arguments)
-    model = subject.fresh()
-    with torch.no_grad():
-        model(input_ids=subject.tokens[:1, :1].to(subject.device), use_cache=False)
-    # The first optimiser of a process imports much that is nobody's working memory.
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
-    subject._kept.clear()
-    gc.collect()
-    if subject.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError):  # then VmHWM is that of loading, if that was more
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = resident_bytes("VmRSS")
-    for stage in STAGES if part == "whole" else (part,):
-        run_stage(arm, stage, model, subject, changes_of(arguments))
-    return (torch.cuda.max_memory_allocated() if subject.device == "cuda" else resident_bytes("VmHWM")) - before
-
-
-def resident_bytes(name: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) << 10
+    return int(done.stdout.splitlines()[-1])
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
@@ -282,9 +272,10 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
         if "problem" in row:
             print(head, row["problem"])
             continue
-        steps = f"{row['measured_steps']} run"
+        steps = f"{row['counted_steps']}"
         if row["extrapolated"]:
-            steps += f", extrapolated to {row['counted_steps']} a run"
+            steps += f", extrapolated from {row['measured_steps']}"
+        steps += f" (x {len(row['pairs_seconds'])})"
         print(
             head, f"{row['seconds']:8.1f} {row['step_ms']:9.1f} {row['tokens_per_s']:8.0f} {row['mfu']:5.0%}",
             f"{_or_dash(row['ratio'], '6.2f', row['agree'])} {_or_dash(row['cpu_ratio'], '7.2f', row['agree'])}",
@@ -302,4 +293,5 @@ def _or_dash(value: float | None, form: str, agreed: bool) -> str:
 
 
 if __name__ == "__main__":
+    measure.set_allocator(ONE_ARENA)
     main()

@@ -1,7 +1,9 @@
 """The arms of bench_step.py and what they run on."""
 
 import copy
-import time
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +53,10 @@ class Subject:
             return copy.deepcopy(self._kept[0])
         return random_llama(self.name, self.device, self.dtype, self.tokens.shape[1])
 
+    def forget(self) -> None:
+        """Give back the copy that `fresh` copies from."""
+        self._kept.clear()
+
     @property
     def layers(self) -> list[int]:
         """What stage 2 moves out in every arm: evenly spread, so that its work does not hang on stage 1."""
@@ -69,21 +75,29 @@ def random_llama(shape: str, device: str, dtype: torch.dtype, context: int) -> P
         torch.set_default_dtype(before)
 
 
-def run_stage(arm: str, stage: str, model: PreTrainedModel, subject: Subject, changes: dict[str, Any]) -> Run:
+def run_stage(
+    arm: str,
+    stage: str,
+    model: PreTrainedModel,
+    subject: Subject,
+    changes: dict[str, Any],
+    hand_over: Callable[[], None] | None = None,
+) -> Run:
     """Run the measured steps of one stage on `model`, in place.
 
     Args:
         changes: nested settings of trsp_fast on top of the preset `paper`.
+        hand_over: see `Run`.
     """
-    plan, run = subject.plan, Run()
+    plan, run = subject.plan, Run(hand_over)
     steps = plan.measured_steps(stage)[0]
     tokens = subject.tokens if stage == "select" else subject.tokens[: steps * plan.batches[stage]]
     call = _plain if arm == "plain" else _ours
-    run.tick()
+    run.start()
     call(arm, stage, model, tokens, subject, steps, run, changes)
     if subject.device == "cuda":
         torch.cuda.synchronize()
-    run.seconds = time.perf_counter() - run.clocks[0][0]
+    run.finish()
     return run
 
 
@@ -94,7 +108,7 @@ def _plain(
     plan, amp = subject.plan, None if subject.dtype == torch.float32 else subject.dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    common: dict[str, Any] = {"batch": plan.batches[stage], "seed": plan.seed, "amp": amp, "on_step": run.tick}
+    common: dict[str, Any] = {"batch": plan.batches[stage], "seed": plan.seed, "amp": amp, "on_step": run.step_done}
     if stage == "select":
         plain_trsp.select(model, tokens, plan.rounds, steps_per_round=steps, **common)
     else:
@@ -113,7 +127,7 @@ def _ours(
 ) -> None:
     def listen(kind: str, values: dict[str, Any]) -> None:
         if kind == f"{stage}_step":
-            run.tick(values["loss"])
+            run.step_done(values["loss"])
 
     plan = subject.plan
     recipe = {
@@ -127,3 +141,34 @@ def _ours(
         choose_layers(model, tokens, config, Events(listen))
     else:
         transfer(model, tokens, subject.layers, config, Events(listen))
+
+
+def in_turn(calls: dict[str, Callable[[Callable[[], None]], Run]]) -> dict[str, Run]:
+    """All runs, a step of each at a time: what slows the machine down for a second hits them all.
+
+    Args:
+        calls: each is given what it must call between steps.
+    """
+    turns = {name: threading.Semaphore(0) for name in calls}
+
+    def after(name: str) -> threading.Semaphore:
+        order = list(turns)
+        return turns[order[(order.index(name) + 1) % len(order)]]
+
+    def hand_over(name: str) -> None:
+        after(name).release()
+        turns[name].acquire()
+
+    def whole(name: str) -> Run:
+        turns[name].acquire()
+        try:
+            return calls[name](lambda: hand_over(name))
+        finally:
+            following = after(name)
+            del turns[name]
+            following.release()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        futures = {name: threads.submit(whole, name) for name in calls}
+        turns[next(iter(calls))].release()
+        return {name: future.result() for name, future in futures.items()}

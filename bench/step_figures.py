@@ -1,8 +1,8 @@
 """The arithmetic of bench_step.py: steps counted and run, extrapolation, agreement, FLOPs."""
 
-import itertools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -40,20 +40,31 @@ class Plan:
 
 @dataclass
 class Run:
-    """One call of one stage: the loss and the clocks (wall, processor) after every step, and before the first."""
+    """One call of one stage: the loss and the seconds (wall, processor) of every step.
 
-    clocks: list[tuple[float, float]] = field(default_factory=list)
+    seconds: of the whole call. hand_over: called between steps, where others have their turn; its time is not counted.
+    """
+
+    hand_over: Callable[[], None] | None = None
     losses: list[float] = field(default_factory=list)
+    durations: list[tuple[float, float]] = field(default_factory=list)
     seconds: float = 0.0
+    _since: tuple[float, float] = (0.0, 0.0)
 
-    def tick(self, loss: float | None = None) -> None:
-        if loss is not None:
-            self.losses.append(loss)
-        self.clocks.append((time.perf_counter(), time.process_time()))
+    def start(self) -> None:
+        self._since = (time.perf_counter(), time.process_time())
 
-    def steps(self, clock: int = 0) -> list[float]:
-        """Seconds of each step; the first one's contain what comes before it."""
-        return [after[clock] - before[clock] for before, after in itertools.pairwise(self.clocks)]
+    def step_done(self, loss: float) -> None:
+        self.losses.append(loss)
+        wall, processor = self._since
+        self.durations.append((time.perf_counter() - wall, time.process_time() - processor))
+        if self.hand_over:
+            self.hand_over()
+        self.start()
+
+    def finish(self) -> None:
+        after_the_last_step = time.perf_counter() - self._since[0]
+        self.seconds = sum(wall for wall, _ in self.durations) + after_the_last_step
 
 
 def train_seconds(run: Run, plan: Plan, stage: str, clock: int = 0) -> float:
@@ -61,7 +72,7 @@ def train_seconds(run: Run, plan: Plan, stage: str, clock: int = 0) -> float:
 
     The first step of the run is not among them (it contains the preparation) where its round has others.
     """
-    total, steps = 0.0, run.steps(clock)
+    total, steps = 0.0, [duration[clock] for duration in run.durations]
     for index, (measured, counted) in enumerate(
         zip(plan.measured_steps(stage), plan.counted_steps(stage), strict=True)
     ):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench_gated_residual
@@ -13,6 +14,7 @@ import op_cases
 import plain_trsp
 import pytest
 import readme_table
+import step_arms
 import step_figures
 import torch
 from safetensors.torch import save_file
@@ -222,8 +224,7 @@ def step_plan():
 
 
 def step_run(*seconds, total=0.0):
-    clocks = list(itertools.accumulate(seconds, initial=7.0))
-    return step_figures.Run([(clock, clock / 2) for clock in clocks], [1.0] * len(seconds), total)
+    return step_figures.Run(None, [1.0] * len(seconds), [(wall, wall / 2) for wall in seconds], total)
 
 
 def test_steps_that_were_not_run_are_counted_by_their_round(step_plan):
@@ -236,6 +237,34 @@ def test_steps_that_were_not_run_are_counted_by_their_round(step_plan):
     assert step_figures.stage_seconds(run, step_plan, "select") == pytest.approx(70 + 2 * 16 / 8)
     run = step_run(9.0, 2.0, 2.0, 5.0, 2.0, total=21.0)
     assert step_figures.stage_seconds(run, step_plan, "transfer") == pytest.approx(21 + 11 * 2.0)
+
+
+def test_arms_take_turns_and_waiting_is_not_their_time(monkeypatch):
+    clock = itertools.count()  # every look at the clock is a second later
+    monkeypatch.setattr(step_figures.time, "perf_counter", lambda: next(clock))
+    order = []
+
+    def call(name, steps, hand_over):
+        run = step_figures.Run(hand_over)
+        run.start()
+        for step in range(steps):
+            order.append(f"{name}{step}")
+            run.step_done(float(step))
+        run.finish()
+        return run
+
+    runs = step_arms.in_turn({name: partial(call, name, steps) for name, steps in (("a", 2), ("b", 4), ("c", 2))})
+    assert order == ["a0", "b0", "c0", "a1", "b1", "c1", "b2", "b3"]
+    assert [[wall for wall, _ in run.durations] for run in runs.values()] == [[1, 1], [1, 1, 1, 1], [1, 1]]
+    assert [run.seconds for run in runs.values()] == [3, 5, 3]
+
+    def fails(hand_over):
+        hand_over()
+        raise RuntimeError("an arm broke")
+
+    with pytest.raises(RuntimeError, match="an arm broke"):
+        step_arms.in_turn({"good": partial(call, "d", 3), "bad": fails})
+    assert order[-3:] == ["d0", "d1", "d2"]
 
 
 def test_flops_of_a_step():
