@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv]; all parts by default.
+# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step]; all parts by default.
 #
 # Runs with the interpreter at hand (PYTHON=python3), without network or virtual environment, and builds the extension
 # first. Each part ends within 8 minutes by itself and says what it left out. Results go to $OUT (bench/results).
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(tests kernels sweep kv)
+ALL=(tests kernels sweep kv step)
 LIMIT=470
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
@@ -61,6 +61,12 @@ part_sweep() {
 
 part_kv() {
     timeout $LIMIT "$PYTHON" bench/bench_kv_cache.py --device cuda --json "$OUT/kv_cache_$gpu.json"
+}
+
+# Two pairs of 1B, then of 7B, whose plain port needs more than 108 GB: a GPU with less says so and measures ours.
+part_step() {
+    timeout $LIMIT "$PYTHON" bench/bench_step.py --device cuda --shapes 1B,7B --pairs 2 --json "$OUT/step_$gpu.json" ||
+        { status=$?; [ $status -eq 124 ] && echo "step: stopped after $LIMIT s; the shapes that were done are in the file"; return $status; }
 }
 
 parts=("$@")

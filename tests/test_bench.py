@@ -1,16 +1,24 @@
 """The instruments in bench/: they refuse wrong results, merge honestly, and the README shows what they wrote."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench_gated_residual
+import bench_step
 import op_cases
+import plain_trsp
 import pytest
 import readme_table
+import step_arms
+import step_figures
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -207,3 +215,124 @@ def test_the_surgery_bench_checks_and_measures(tmp_path):
     rows = {row["arm"]: row["seconds"] for row in json.loads(file.read_text())["rows"]}
     assert rows.keys() == {"on disk", "cp + sync", "load + save"}
     assert all(seconds > 0 for values in rows.values() for seconds in values)
+
+
+@pytest.fixture(scope="module")
+def step_plan():
+    # stage 1: 2 rounds of 4 steps, 3 run; stage 2: 16 steps, 5 run
+    return step_figures.Plan(16, {"select": 4, "transfer": 1}, 2, {"select": 3, "transfer": 5})
+
+
+def step_run(*seconds, total=0.0):
+    return step_figures.Run(None, [1.0] * len(seconds), [(wall, wall / 2) for wall in seconds], total)
+
+
+def test_steps_that_were_not_run_are_counted_by_their_round(step_plan):
+    assert step_plan.counted_steps("select") == [4, 4]
+    assert step_plan.measured_steps("select") == [3, 3]
+    assert (step_plan.counted_steps("transfer"), step_plan.measured_steps("transfer")) == ([16], [5])
+    run = step_run(50.0, 2.0, 4.0, 1.0, 1.0, 9.0, total=70.0)  # 50: the preparation is not a step's time
+    assert step_figures.train_seconds(run, step_plan, "select") == pytest.approx(4 * 3.0 + 4 * 1.0)
+    assert step_figures.train_seconds(run, step_plan, "select", 1) == pytest.approx(8.0)  # processor time
+    assert step_figures.stage_seconds(run, step_plan, "select") == pytest.approx(70 + 2 * 16 / 8)
+    run = step_run(9.0, 2.0, 2.0, 5.0, 2.0, total=21.0)
+    assert step_figures.stage_seconds(run, step_plan, "transfer") == pytest.approx(21 + 11 * 2.0)
+
+
+def test_arms_take_turns_and_waiting_is_not_their_time(monkeypatch):
+    clock = itertools.count()  # every look at the clock is a second later
+    monkeypatch.setattr(step_figures.time, "perf_counter", lambda: next(clock))
+    order = []
+
+    def call(name, steps, hand_over):
+        run = step_figures.Run(hand_over)
+        run.start()
+        for step in range(steps):
+            order.append(f"{name}{step}")
+            run.step_done(float(step))
+        run.finish()
+        return run
+
+    runs = step_arms.in_turn({name: partial(call, name, steps) for name, steps in (("a", 2), ("b", 4), ("c", 2))})
+    assert order == ["a0", "b0", "c0", "a1", "b1", "c1", "b2", "b3"]
+    assert [[wall for wall, _ in run.durations] for run in runs.values()] == [[1, 1], [1, 1, 1, 1], [1, 1]]
+    assert [run.seconds for run in runs.values()] == [3, 5, 3]
+
+    def fails(hand_over):
+        hand_over()
+        raise RuntimeError("an arm broke")
+
+    with pytest.raises(RuntimeError, match="an arm broke"):
+        step_arms.in_turn({"good": partial(call, "d", 3), "bad": fails})
+    assert order[-3:] == ["d0", "d1", "d2"]
+
+
+def test_flops_of_a_step():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # Llama 2 7B: 6.74e9 parameters, 131e6 of them the embedding
+    sizes = step_figures.Matmuls.of(model)
+    assert sizes == step_figures.Matmuls(4 * 4096**2 + 3 * 4096 * 11008, 32000 * 4096, 4096, 32)
+    dense = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name and "embed" not in name)
+    pairs = 2048 * 2049 / 2  # of tokens, of which the second sees the first
+    forward = 2.0 * dense * 2048 + 32 * 2 * 2 * 4096 * pairs
+    assert step_figures.step_flops(sizes, 1, 2048, 32, weights=True) == pytest.approx(3 * forward)
+    # frozen: no weight gradients, nothing below the lowest gate; attention's two inputs both have a gradient
+    lowest = 2.0 * sizes.layer * 2048 + 2 * 2 * 2 * 4096 * pairs
+    frozen = forward + 2.0 * dense * 2048 + 2 * 32 * 2 * 2 * 4096 * pairs - lowest
+    assert step_figures.step_flops(sizes, 1, 2048, 32, weights=False) == pytest.approx(frozen)
+    assert 1.4 < 3 * forward / frozen < 1.55
+
+
+def test_flops_of_a_stage_are_those_of_the_layers_that_are_left(step_plan):
+    sizes = step_figures.Matmuls(layer=10, head=7, width=2, layers=3)
+    rounds = [step_figures.step_flops(sizes, 4, 8, layers, weights=False) for layers in (3, 2)]
+    assert step_figures.stage_flops(sizes, step_plan, "select", 8, weights=False) == 4 * sum(rounds)
+    one = step_figures.step_flops(sizes, 1, 8, 3, weights=True)
+    assert step_figures.stage_flops(sizes, step_plan, "transfer", 8, weights=True) == 16 * one
+
+
+def test_no_speedup_without_agreement():
+    assert step_figures.agree([5.0, 5.0004], torch.float32)
+    assert not step_figures.agree([5.0, 5.002], torch.float32)
+    assert step_figures.agree([5.0, 5.002], torch.bfloat16)
+    assert not step_figures.agree([5.0, 5.0, float("nan")], torch.float32)
+    assert step_figures.speedup([4.0, 9.0, 8.0], [2.0, 3.0, 8.0], True) == 2.0
+    assert step_figures.speedup([4.0], [2.0], False) is None
+    found = (("plain", True, 8), ("ours", True, 6), ("ours", False, 6), ("ours", True, None))
+    rows = [{"part": "select", "arm": arm, "agree": agree, "peak_bytes": size} for arm, agree, size in found]
+    bench_step.with_memory_ratios(rows)
+    assert [row["memory_ratio"] for row in rows] == [1.0, 0.75, None, None]
+
+
+def test_the_step_bench_sees_an_arm_that_computes_something_else(monkeypatch, tmp_path, capsys):
+    """One pair on a tiny model, first as it is, then with a plain port whose loss is another."""
+    monkeypatch.setattr(bench_step, "peak_of", lambda *_arguments: 1000)
+    monkeypatch.setattr(bench_step, "matmul_rate", lambda *_arguments: 1e9)
+    options = ["--device", "cpu", "--shapes", "tiny", "--seq", "16", "--samples", "4", "--batch", "2", "--pairs", "1"]
+    file = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *options, "--steps", "1", "--json", str(file)])
+    bench_step.main()
+    rows = {(row["part"], row["arm"]): row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == set(itertools.product(("select", "transfer", "whole"), ("plain", "ours")))
+    assert all(row["agree"] and row["ratio"] > 0 and row["tokens_per_s"] > 0 for row in rows.values())
+    assert "differ" not in capsys.readouterr().out
+
+    right = plain_trsp._lm_loss
+    monkeypatch.setattr(plain_trsp, "_lm_loss", lambda *given: 1.001 * right(*given))
+    with pytest.raises(SystemExit, match="first losses differ"):
+        bench_step.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert all(row["ratio"] is row["cpu_ratio"] is row["memory_ratio"] is None for row in rows)
+    assert capsys.readouterr().out.count("differ") == 3 * len(rows)
+
+
+@pytest.mark.slow
+def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monkeypatch):
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.randint(256, (64, 128))}, tokens)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--device", "cpu", "--batch", "16"])
+    options = bench_step.parse()
+    whole, small = (bench_step.peak_of("ours", "select", "tiny", tokens, options) for options.batch in (16, 4))
+    logits = 16 * 128 * 256 * 4  # bytes in fp32, and their gradients again as many
+    assert whole > 2 * logits
+    assert whole > 2 * small
