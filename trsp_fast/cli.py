@@ -161,38 +161,85 @@ def plan(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name, or demo.", callback=_resolved)
     ],
+    ratio: Ratio = None,
+    num_layers: NumLayers = None,
     layers: Layers = None,
+    data: Annotated[str | None, typer.Option("--data", help="Probe a run on this, with an amount to remove.")] = None,
+    eval_data: EvalData = None,
+    config: ConfigFile = None,
     settings: Settings = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Say which layers can be taken out and why others cannot; with --layers, whether these can go together."""
-    from trsp_fast.config import TRSPConfig, checked_layers, merge, parse_setting
+    """Say which layers can be taken out and why others cannot; with --data, what a run would take."""
+    from trsp_fast.config import TRSPConfig, merge
     from trsp_fast.models.checkpoint_files import read_config
+
+    values = _values(ratio, num_layers, layers, seed, preset, config, settings, device, dtype)
+    amount = any(values.get(name) is not None for name in ("ratio", "num_layers", "layers"))
+    chosen = TRSPConfig.from_dict(values if amount else merge(values, {"ratio": 0.5}))
+    fields = read_config(_on_disk(checkpoint, revision, only="config.json"), remote_code=allow_remote_code)
+    answer, lines = _removable(fields, chosen, amount)
+    if data is not None:
+        if not amount:
+            raise UserError("--data was given without an amount; give --ratio, --num-layers or --layers too.")
+        answer["forecast"], more = _forecast(checkpoint, data, eval_data, chosen, revision, allow_remote_code, as_json)
+        lines += more
+    _print(answer, as_json, "\n".join(lines))
+
+
+def _removable(fields: dict[str, Any], config: Any, amount: bool) -> tuple[dict[str, Any], list[str]]:
+    """What the configuration says: which layers can go, and whether those that are named can go together."""
+    from trsp_fast.config import checked_layers
     from trsp_fast.models.families import check_set, disk_obstacle, fixed_layers, layer_count, text_fields
 
-    values = read_config(_on_disk(checkpoint, revision, only="config.json"), remote_code=allow_remote_code)
-    _, count = layer_count(text_fields(values))
-    select = TRSPConfig.from_dict(merge({"ratio": 0.5}, *(parse_setting(text) for text in settings or []))).select
+    _, count = layer_count(text_fields(fields))
+    select = config.select
     protected = [*range(select.protect_first), *range(count - select.protect_last, count)]
-    kept = dict.fromkeys(protected, "protected by the settings.") | fixed_layers(values)
-    removed = checked_layers(_layer_list(layers), count) if layers else []
+    kept = dict.fromkeys(protected, "protected by the settings.") | fixed_layers(fields)
+    removed = checked_layers(config.layers, count) if config.layers else []
     if removed:
-        check_set(values, removed)
-    obstacle = disk_obstacle(values)
+        check_set(fields, removed)
+    wanted = config.layer_count(count) if amount else 0
+    if not removed and wanted > count - len(kept):
+        raise UserError(f"{wanted} layers are to go, but only {count - len(kept)} of {count} can; remove fewer.")
+    obstacle = disk_obstacle(fields)
     where = f"in memory, because {obstacle}" if obstacle else "on disk or in memory"
-    answer = {
-        "layers": count,
-        "removable": [i for i in range(count) if i not in kept],
-        "kept": kept,
-        "removed": removed,
-    }
-    lines = [f"{count - len(kept)} of {count} layers can be taken out one by one, {where}"]
+    removable = [layer for layer in range(count) if layer not in kept]
+    answer: dict[str, Any] = {"layers": count, "removable": removable, "kept": kept, "removed": removed}
+    lines = [f"{len(removable)} of {count} layers can be taken out one by one, {where}"]
     lines += [f"layer {layer} stays: {reason}" for layer, reason in sorted(kept.items())]
     if removed:
         lines.append(f"layers {', '.join(map(str, removed))} can go together, {count - len(removed)} stay")
-    _print(answer, as_json, "\n".join(lines))
+    return answer, lines
+
+
+def _forecast(
+    model: str,
+    data: str,
+    eval_data: str | None,
+    config: Any,
+    revision: str | None,
+    remote_code: bool,
+    as_json: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Load the model, do a little of the run, and say what all of it would take."""
+    from trsp_fast.data import check_source
+    from trsp_fast.plan import forecast
+    from trsp_fast.report.terminal import forecast_lines
+
+    for source in (data, eval_data):
+        check_source(source)
+    _say("note: probing a few steps of each stage", as_json)
+    loaded = _load(model, config, revision, remote_code)
+    tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
+    values = forecast(loaded, tokens, config, evaluation).to_dict()
+    return values, forecast_lines(values)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.recompute import recomputed
 
-# Tokens in one pass on a CPU: a step of 16 windows of 256 took 3.05 s at once, 2.36 s by fours, 2.57 s by twos (NOTES.md)
+# Tokens in one pass on a CPU: 16 windows of 256 took 3.05 s at once, 2.36 s by fours, 2.57 s by twos (NOTES.md)
 CPU_TOKENS = 1024
 SHARE = 0.9  # of the free memory that a plan may use
 

@@ -35,6 +35,13 @@ def measure_speed(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, flo
     }
 
 
+def seconds_of_a_round(model: PreTrainedModel) -> float:
+    """What one round of `measure_speed` takes for a model; there are `REPEATS` + 1 of them."""
+    began = time.perf_counter()
+    _rates(model)
+    return time.perf_counter() - began
+
+
 def _rates(model: PreTrainedModel) -> tuple[float, float]:
     """Tokens per second of one prompt pass and of one generation that includes its own prompt pass."""
     device = next(model.parameters()).device

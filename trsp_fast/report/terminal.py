@@ -151,6 +151,30 @@ def print_result(report: dict[str, Any], out: Path) -> None:
     console.print(f"checkpoint: {out}\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+def forecast_lines(forecast: dict[str, Any]) -> list[str]:
+    """What a run would take, for people; see trsp_fast.plan."""
+    minutes = {name: f"{seconds / 60:.1f}" for name, seconds in forecast["seconds"].items()}
+    lines = [
+        f"{forecast['removed']} of {forecast['layers']} layers would go in about "
+        f"{forecast['seconds_in_all'] / 60:.1f} minutes ({', '.join(f'{n} {m}' for n, m in minutes.items())})"
+    ]
+    for name, steps in forecast["steps"].items():
+        if steps:
+            parts = forecast["memory"].get(name, {})
+            needed = ", ".join(f"{part} {size_text(size)}" for part, size in parts.items() if size)
+            at_once = forecast["micro_batch"][name]
+            lines.append(
+                f"{name}: {steps:,} steps, {forecast['tokens'][name]:,} tokens, {at_once} windows in one pass, "
+                f"{size_text(sum(parts.values()))} above the weights ({needed})"
+            )
+    disk = forecast["disk"]
+    lines.append(
+        f"weights {size_text(forecast['memory']['weights'])} in memory; checkpoint {size_text(disk['checkpoint'])}, "
+        f"states meanwhile up to {size_text(disk['states'])} on disk"
+    )
+    return lines
+
+
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(show_edge=False)
     for index, title in enumerate(head):
