@@ -193,7 +193,7 @@ def _learn_step(learning: _Learning) -> None:
         for parameter in learning.weights.values():
             parameter.grad = None
         sums.update(loss=torch.zeros_like(gates.values[0]), D=torch.zeros_like(gates.values))
-        sequences.clear()
+        sequences[:] = [gates.values.new_zeros(0, len(gates.values))]  # a process may have no rows of a small batch
 
     def work(part: Tensor, weight: float) -> None:
         with learning.autocast:
@@ -209,8 +209,8 @@ def _learn_step(learning: _Learning) -> None:
     session.accumulate(rows, work, begin)
     gradient = gates.values.grad
     assert gradient is not None
-    session.group.sum([sums["loss"], sums["D"], gradient, *_gradients(learning.weights)])
-    own = session.group.gather(torch.cat(sequences))
+    own = session.group.spread(torch.cat(sequences), len(rows))
+    session.group.sum_with_gradients([sums["loss"], sums["D"], gradient, own], learning.weights.values())
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(gradient).all()
     learning.counted += finite
     change = (own.square().mean(0) - learning.curvature) / learning.counted.clamp(min=1)
@@ -220,10 +220,6 @@ def _learn_step(learning: _Learning) -> None:
     where, alive = (learning.index, learning.done), list(learning.alive)
     learning.readback.put(figures, lambda host: _note(learning, where, alive, rows, host))
     _move_gates(learning, finite)
-
-
-def _gradients(weights: Named) -> list[Tensor]:
-    return [parameter.grad for parameter in weights.values() if parameter.grad is not None]
 
 
 def _move_gates(learning: _Learning, finite: Tensor) -> None:
@@ -297,7 +293,8 @@ def _lowest(learning: _Learning, wanted: int) -> list[int]:
         short = ranked[: max(settings.shortlist, wanted)]
         judge = learning.tokens[:JUDGE_WINDOWS]
         with gates.neutral():
-            judged = losses_without(learning.model, judge, [], short)
+            found = learning.session.group.agree([*losses_without(learning.model, judge, [], short).items()])
+        judged = {layer: loss for layer, loss in found}
         learning.cost += len(judge) * len(short)
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
