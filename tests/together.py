@@ -52,6 +52,39 @@ def pruned(name: str, **options):
     return trsp.prune(tiny_llama(), tokens(), config, evaluation=tokens()[:2], **options)
 
 
+def held(model, optimizer=None, teacher=None) -> int:
+    """Bytes of weights, gradients and states of the optimiser in this process; what is shared counts once."""
+    weights = [*model.parameters(), *(teacher.parameters() if teacher else [])]
+    tensors = [*weights, *(p.grad for p in weights if p.grad is not None)]
+    if optimizer:
+        tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def weighed(name: str, **options) -> tuple[dict, dict]:
+    """A run and what it held after the first step of each stage."""
+    from trsp_fast import transfer
+    from trsp_fast.select import trsp
+
+    found: dict = {}
+    first, second = trsp._learn_step, transfer._step
+
+    def select_step(learning) -> None:
+        first(learning)
+        found.setdefault("select", held(learning.model, learning.optimizers.get("weights")))
+
+    def transfer_step(run) -> None:
+        second(run)
+        trained = sum(p.numel() for p in run.weights.values())
+        found.setdefault("transfer", (held(run.model, run.optimizer, run.teacher), trained, len(run.weights)))
+
+    trsp._learn_step, transfer._step = select_step, transfer_step
+    try:
+        return outcome(pruned(name, **options)), found
+    finally:
+        trsp._learn_step, transfer._step = first, second
+
+
 def outcome(result) -> dict:
     """What of a run must not depend on the number of processes."""
     return {
@@ -108,7 +141,9 @@ def everything() -> dict:
     found: dict = {}
     with started(TRSPConfig()) as group:
         found["exchanges"] = exchanges(group)
-    found["runs"] = {name: outcome(pruned(name)) for name in SETTINGS}
+    runs = {name: weighed(name) for name in SETTINGS}
+    found["runs"] = {name: run for name, (run, _) in runs.items()}
+    found["held"] = {name: held for name, (_, held) in runs.items()}
     for name, scenario in (("failure", failure), ("inputs", inputs), ("stop", stop), ("memory", memory)):
         found[name] = scenario()
     return found

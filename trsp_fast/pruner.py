@@ -80,7 +80,7 @@ def prune(
     interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
 
     Where torchrun has started several processes, each calls this with the same model, tokens and configuration and they
-    share the work (`run.parallel`). The first one alone evaluates, proves, writes and has `events`.
+    share the work (`run.parallel`). The first one alone proves, writes and has `events`.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -234,15 +234,15 @@ class _Run:
 
     def _execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         torch.manual_seed(self.config.seed)
-        self._measure("dense", self.model)
+        self._measure("dense", self.model, self.group)
         selection = self._timed("select", self._select)
         removed = sorted(selection.layers)
         self.events.emit("selected", layers=removed)
         with bypassed(self.model, removed):
-            self._measure("cut", self.model)
+            self._measure("cut", self.model, self.group)
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
-            self._measure("transferred", self.model)
+            self._measure("transferred", self.model, self.group)
         small = remove_layers(self.model, removed)
         history = {"select": selection.history, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
@@ -304,9 +304,10 @@ class _Run:
             return []
         return transfer(self.model, self.tokens, removed, self.config, session=self.session)
 
-    def _measure(self, name: str, model: PreTrainedModel) -> None:
-        if self.group.rank == 0 and self.evaluation is not None and name not in self.perplexity:
-            self.perplexity[name] = perplexity(model, self.evaluation)
+    def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
+        """Perplexity of a model that all processes of the group have; without one, of this process's own."""
+        if self.evaluation is not None and name not in self.perplexity:
+            self.perplexity[name] = perplexity(model, self.evaluation, group=group)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 
     def _require_quality(self) -> None:

@@ -9,8 +9,10 @@ import sys
 import time
 
 import pytest
+import scaling
 import together
 import torch
+from tiny import tiny_llama
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.distributed import Group, started
@@ -135,6 +137,29 @@ def test_where_one_runs_out_of_memory_all_take_smaller_micro_batches(two, one):
         require_close(result["memory"]["run"], one["default"])
 
 
+def test_processes_hold_the_bytes_that_docs_scaling_counts(two):
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    for result in two:
+        found = result["held"]["default"]
+        assert found["select"] == scaling.select_bytes(parameters, compute=4)
+        size, trained, tensors = found["transfer"]
+        assert trained == parameters
+        assert size == scaling.transfer_bytes(parameters, trained, tensors, compute=4)
+        size, trained, tensors = result["held"]["paper"]["transfer"]  # a part is trained, without a teacher
+        assert 0 < trained < parameters
+        assert size == scaling.transfer_bytes(parameters, trained, tensors, distill=False)
+
+
+def test_a_bf16_run_holds_the_bytes_that_docs_scaling_counts():
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    changes = {**together.SHORT, "dtype": "bfloat16", "transfer": {"epochs": 1, "trainable": "neighbours"}}
+    _, found = together.weighed("default", changes=changes)
+    assert found["select"] == scaling.select_bytes(parameters)
+    size, trained, tensors = found["transfer"]
+    assert 0 < trained < parameters
+    assert size == scaling.transfer_bytes(parameters, trained, tensors)
+
+
 def test_ddp_needs_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     config = TRSPConfig.from_dict({"run": {"parallel": "ddp"}})
@@ -172,8 +197,10 @@ def test_a_killed_process_ends_the_run_and_others_go_on(tmp_path, one, killed, s
     for rank, (code, result) in enumerate(zip(codes, results, strict=True)):
         if rank != killed:
             assert code == 0
-            assert result["error"].startswith("Lost: another process of the run is gone (")
-            assert result["error"].endswith("); give the same command with --resume to go on.")
+            assert result["error"] == (
+                "Lost: another process of the run is gone (its connection closed); give the same command with "
+                "--resume to go on."
+            )
     assert not out.exists()
     codes, results = together.together(again, together.run_into, tmp_path / "second", out, "default", CHANGES)
     assert codes == [0] * again

@@ -21,7 +21,7 @@ from trsp_fast.errors import CheckFailed, Diverged, Interrupted, Lost, UserError
 from trsp_fast.run.state import Loaded, whole_keys
 
 BUCKET = 1 << 28  # bytes that are copied together for one all-reduce; larger tensors are reduced where they are
-PATIENCE = timedelta(hours=1)  # how long processes wait for the first one, which alone evaluates, proves and writes
+PATIENCE = timedelta(hours=1)  # how long processes wait for the first one, which alone proves, measures and writes
 
 T = TypeVar("T")
 
@@ -134,10 +134,10 @@ class Replicas(Group):
 
         Where this process was told to end because another one had failed, that one's reason counts.
         """
-        ended = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+        reason = self._reason() if isinstance(error, _WISHES) else None
+        if reason and not isinstance(reason, _WISHES):
+            return reason
         with suppress(RuntimeError):  # the store may be gone with its process
-            if ended and (reason := self._reason()):
-                return reason
             self._store.set(self._key, json.dumps(_told(error, self.rank)))
         return error
 
@@ -156,7 +156,7 @@ class Replicas(Group):
         try:
             exchange()
         except RuntimeError as error:
-            problem = str(error)
+            problem = "its connection closed" if "Connection" in str(error) else str(error)
         else:
             return
         raise self._reason() or Lost(problem)
@@ -241,8 +241,9 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+_WISHES = (KeyboardInterrupt, SystemExit, Interrupted)
 _KINDS: dict[str, type[BaseException]] = {
-    kind.__name__: kind for kind in (UserError, CheckFailed, Diverged, Interrupted, Lost, SystemExit, KeyboardInterrupt)
+    kind.__name__: kind for kind in (UserError, CheckFailed, Diverged, Lost, *_WISHES)
 }
 
 

@@ -292,9 +292,13 @@ def _lowest(learning: _Learning, wanted: int) -> list[int]:
     if settings.shortlist > 1:
         short = ranked[: max(settings.shortlist, wanted)]
         judge = learning.tokens[:JUDGE_WINDOWS]
+        losses, group = torch.zeros(len(short), dtype=torch.float64), learning.session.group
         with gates.neutral():
-            found = learning.session.group.agree([*losses_without(learning.model, judge, [], short).items()])
-        judged = {layer: loss for layer, loss in found}
+            for rows, weight in group.parts(torch.arange(len(judge)), 0):
+                own = losses_without(learning.model, judge[rows], [], short)
+                losses += torch.tensor([own[layer] for layer in short], dtype=torch.float64) * weight
+        group.sum([losses])
+        judged = dict(zip(short, losses.tolist(), strict=True))
         learning.cost += len(judge) * len(short)
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
