@@ -4,6 +4,7 @@
 tests/engine/test_distributed.py; the rest is arithmetic from the assumptions below, not a measurement.
 """
 
+import math
 from dataclasses import dataclass
 
 FP32 = 4
@@ -64,19 +65,19 @@ def sharded(size: float, processes: int) -> float:
     return size / processes
 
 
-def steps(model: Model) -> tuple[int, int]:
-    """Optimiser steps of stage 1 and of stage 2."""
-    return round(model.layers * SHARE) * STEPS_PER_ROUND, EPOCHS * SAMPLES // TRANSFER_BATCH
+def transfer_steps(processes: int) -> int:
+    """Optimiser steps of stage 2 with a window for each process."""
+    return math.ceil(EPOCHS * SAMPLES / max(TRANSFER_BATCH, processes))
 
 
-def flops(model: Model) -> tuple[float, float]:
+def flops(model: Model, processes: int) -> tuple[float, float]:
     """Floating point operations of stage 1 and of stage 2.
 
     Per token and parameter 2 for a forward pass, 2 for the gradient of activations and 2 for that of weights. Stage 1
     has frozen weights: 4, and 2 for judging its shortlists. Stage 2: 6, and 2 for the teacher.
     """
     rounds = round(model.layers * SHARE)
-    learned = rounds * STEPS_PER_ROUND * SELECT_BATCH * WINDOW
+    learned = rounds * STEPS_PER_ROUND * max(SELECT_BATCH, processes) * WINDOW
     judged = rounds * SHORTLIST * JUDGE_WINDOWS * WINDOW
     trained = EPOCHS * SAMPLES * WINDOW
     return model.parameters * (4 * learned + 2 * judged), model.parameters * 8 * trained
@@ -94,9 +95,9 @@ def gathered_bytes(model: Model, processes: int) -> float:
 
 def hours(model: Model, processes: int, sent: float) -> tuple[float, float]:
     """Of stage 1 and of stage 2, of which `sent` bytes a step are not hidden behind computing."""
-    first, second = (work / (processes * FLOPS * USED) for work in flops(model))
+    first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes))
     link = (NVLINK if processes <= GPUS_PER_NODE else NETWORK) * LINK_USED
-    return first / 3600, (second + steps(model)[1] * sent / link) / 3600
+    return first / 3600, (second + transfer_steps(processes) * sent / link) / 3600
 
 
 def main() -> None:
@@ -113,13 +114,13 @@ def main() -> None:
     for model, processes, how in (
         (MODELS[0], 1, "none"),
         (MODELS[0], 8, "ddp"),
-        (MODELS[1], 8, "ddp"),
+        (MODELS[1], 8, "sharded, not built"),
         (MODELS[2], 8, "sharded, not built"),
         (MODELS[3], 64, "sharded, not built"),
     ):
         sent = (gathered_bytes if "sharded" in how else reduced_bytes)(model, processes)
         first, second = hours(model, processes, sent)
-        work = sum(flops(model))
+        work = sum(flops(model, processes))
         print(
             f"| {model.name}, {processes} ({how}) | {work:.1e} | {sent / 1e9:,.0f} GB | {first * 60:,.1f} min | "
             f"{second * 60:,.1f} min |"
