@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -42,14 +43,13 @@ def pruned(name: str, **options):
     import trsp_fast as trsp
     from trsp_fast import pruner
 
-    # Speed and proofs are no part of what is compared, and take longest.
-    pruner.measure_speed = lambda models: {
-        name: {"prompt_tokens_per_second": 1.0, "generated_tokens_per_second": 1.0, "parameters": 1} for name in models
-    }
-    pruner.verify_removal = lambda *_arguments: []
     changes = options.pop("changes", {})
     config = trsp.TRSPConfig.from_dict(settings(name, **changes))
-    return trsp.prune(tiny_llama(), tokens(), config, evaluation=tokens()[:2], **options)
+    # Speed and proofs are no part of what is compared, and take longest.
+    rates = {"prompt_tokens_per_second": 1.0, "generated_tokens_per_second": 1.0, "parameters": 1}
+    speed, proof = (lambda models: dict.fromkeys(models, rates)), (lambda *_arguments: [])
+    with mock.patch.multiple(pruner, measure_speed=speed, verify_removal=proof):
+        return trsp.prune(tiny_llama(), tokens(), config, evaluation=tokens()[:2], **options)
 
 
 def held(model, optimizer=None, teacher=None) -> int:
