@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trsp_fast.errors import CheckFailed, Interrupted, UserError
+from trsp_fast.errors import CheckFailed, Interrupted, Lost, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -64,6 +65,9 @@ Restart = Annotated[bool, typer.Option("--restart", help="Discard an interrupted
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Resume although model, data, settings or versions differ.")
 ]
+Parallel = Annotated[
+    str | None, typer.Option("--parallel", help="auto, ddp or none: what torchrun's processes do together.")
+]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluate on this instead of a part of --data.")]
 
 
@@ -76,10 +80,11 @@ def demo(
     seed: Seed = None,
     preset: Preset = None,
     settings: Settings = None,
+    parallel: Parallel = None,
 ) -> None:
     """Prune 3 of the 12 layers of the built-in model, start to report. An interrupted demo begins anew."""
     out = out or Path("demo-pruned")
-    settings = ["num_layers=3", "data.samples=256", *(settings or [])]
+    settings = ["num_layers=3", "data.samples=256", *(settings or []), *_parallel(parallel)]
     values = _values(None, None, None, seed, preset, None, settings, device, dtype)
     demo_model = _resolved("demo")
     _prune(demo_model, "demo", None, out, values, as_json, _Again(restart=True), title="the built-in demo model")
@@ -105,9 +110,14 @@ def prune(
     resume: Resume = False,
     restart: Restart = False,
     accept_changes: AcceptChanges = False,
+    parallel: Parallel = None,
     as_json: Json = False,
 ) -> None:
-    """Choose layers, move their knowledge out, remove them, prove the result and write it."""
+    """Choose layers, move their knowledge out, remove them, prove the result and write it.
+
+    Under torchrun the processes share the work: torchrun --nproc-per-node N -m trsp_fast prune ...
+    """
+    settings = [*(settings or []), *_parallel(parallel)]
     values = _values(ratio, num_layers, layers, seed, preset, config, settings, device, dtype)
     if resume and restart:
         raise UserError("--resume and --restart were both given; they exclude each other, give one of them.")
@@ -423,7 +433,7 @@ def main() -> None:
         code = _fail(f"{error}.", error.code)
     except UserError as error:
         code = _fail(str(error), 2)
-    except CheckFailed as error:
+    except (CheckFailed, Lost) as error:
         code = _fail(str(error), 1)
     except typer.Exit as error:
         code = error.exit_code
@@ -463,26 +473,46 @@ def _prune(
 ) -> None:
     from trsp_fast.config import TRSPConfig
     from trsp_fast.data import check_source
+    from trsp_fast.engine.distributed import started
     from trsp_fast.models.checkpoint import predictors_not_loaded
-    from trsp_fast.pruner import prune as run
     from trsp_fast.run.output import check_output
-    from trsp_fast.run.state import Stop
 
     config = TRSPConfig.from_dict(values)
-    check_output(out)
     for source in (data, eval_data):
         check_source(source)
-    loaded = _load(model, config, revision, remote_code, dtype="auto")
-    tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
-    tokenizer = _tokenizer(model, data, revision, remote_code)
     about = {
         "model": title or model,
         "data": data,
         "evaluation_data": eval_data or f"the held-out part of {data}",
         "command": shlex.join(["trsp-fast", *sys.argv[1:]]),
     }
-    events = _events(as_json)
-    if note := predictors_not_loaded(model, revision):
+    with started(config) as group:
+        silent = as_json or group.rank > 0
+        if group.rank == 0:
+            check_output(out)
+        loaded = _load(model, config, revision, remote_code, dtype="auto")
+        tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
+        extras: dict[str, Any] = {"tokenizer": _tokenizer(model, data, revision, remote_code), "about": about}
+        extras |= {"evaluation": evaluation, "group": group, **dataclasses.asdict(again)}
+        note = predictors_not_loaded(model, revision)
+        report = _pruned(loaded, tokens, config, out, silent, extras, note)
+    if group.rank == 0 and as_json:
+        print(json.dumps({"out": str(out), **report}))
+    elif group.rank == 0:
+        from trsp_fast.report.terminal import print_result
+
+        print_result(report, out)
+
+
+def _pruned(
+    loaded: Any, tokens: Any, config: Any, out: Path, silent: bool, extras: dict[str, Any], note: str | None
+) -> dict[str, Any]:
+    """The run itself, with what a person sees of it and the wish to end; its report."""
+    from trsp_fast.pruner import prune as run
+    from trsp_fast.run.state import Stop
+
+    events = _events(silent)
+    if note:
         events.note(note)
     if len(tokens) < config.data.samples:
         events.note(
@@ -491,14 +521,11 @@ def _prune(
         )
     stop = Stop()
     stop.install()
-    extras: dict[str, Any] = {"evaluation": evaluation, "tokenizer": tokenizer, "about": about, "events": events}
-    result = run(loaded, tokens, config, out=out, **extras, stop=stop, **dataclasses.asdict(again))
-    if as_json:
-        print(json.dumps({"out": str(out), **result.report}))
-    else:
-        from trsp_fast.report.terminal import print_result
+    return run(loaded, tokens, config, out=out, events=events, stop=stop, **extras).report
 
-        print_result(result.report, out)
+
+def _parallel(option: str | None) -> list[str]:
+    return [f"run.parallel={option}"] if option else []
 
 
 def _values(
@@ -617,8 +644,6 @@ def _events(as_json: bool) -> Any:
 
 def _quiet_libraries() -> None:
     """Other libraries' progress bars and advice do not belong into this tool's output."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -653,5 +678,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"trsp-fast: {text}", file=sys.stderr)
+    """Say why the run ends; of torchrun's processes the first one does, which hears what the others met."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trsp-fast: {text}", file=sys.stderr)
     return code

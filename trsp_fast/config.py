@@ -89,10 +89,13 @@ class RunConfig:
     """How a run executes.
 
     save_every: save the state after so many steps; 0: as often as takes a twentieth of the time.
+    parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `auto` does that where
+        torchrun has started several; `none` leaves every process on its own.
     deterministic: same bits on the same machine, at some cost on a GPU.
     """
 
     save_every: int = _setting(0, low=0)
+    parallel: str = _setting("auto", choices=("none", "auto", "ddp"))
     deterministic: bool = _setting(False)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig, checked_layers
 from trsp_fast.data import check_vocabulary
+from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import CheckFailed, UserError
@@ -70,11 +72,15 @@ def prune(
     restart: bool = False,
     accept_changes: bool = False,
     stop: Stop | None = None,
+    group: Group | None = None,
 ) -> PruneResult:
     """Take layers out of a model and keep what they knew.
 
     With `out`, the state of the run is saved beside it while it goes (`run.save_every`). A run that was killed,
     interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
+
+    Where torchrun has started several processes, each calls this with the same model, tokens and configuration and they
+    share the work (`run.parallel`). The first one alone proves, writes and has `events`.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -90,39 +96,61 @@ def prune(
         restart: discard an interrupted run of `out`.
         accept_changes: resume although model, data, configuration or versions differ.
         stop: says when the run should save its state and end.
+        group: the processes that share the work, where they have been `started` already.
 
     Raises:
         UserError: a request that cannot be fulfilled.
         CheckFailed: losses were not finite, the quality bound was exceeded or the export is not proven.
         Interrupted: `stop` asked for the end and the state is kept.
+        Lost: another process is gone; the state is kept.
     """
-    run = _Run(model, tokens, config, evaluation, events or Events(), about or {})
-    if out is None:
-        return run.execute(None, tokenizer)
-    with resumable_output(out, resume=resume, restart=restart) as stage:
-        (stage / RUN).mkdir(exist_ok=True)
-        _check_identity(stage, run.identity(), accept_changes)
-        store = StateStore(stage / STATE)
-        run.keep(Keeper(store, config.run.save_every, stop))
-        log = JsonLines(stage / RUN / "events.jsonl")
-        run.events.listeners.append(log)
-        try:
-            result = run.execute(stage, tokenizer)
-        finally:
-            run.events.emit("end")
-            run.events.listeners.remove(log)
-            log.close()
-        write_json(stage / "report.json", result.report)
-        write_report(result.report, stage / "report.html")
-    result.out = Path(out)
+    with nullcontext(group) if group else started(config) as processes:
+        heard = (events or Events()) if processes.rank == 0 else Events()
+        run = _Run(model, tokens, config, evaluation, heard, about or {}, processes)
+        if out is None or processes.rank:
+            run.keep(None, stop)
+            result = run.execute(None, tokenizer)
+        else:
+            with resumable_output(out, resume=resume, restart=restart) as stage:
+                result = _write(run, stage, tokenizer, stop, accept_changes)
+        processes.agree(None)  # nobody is done before the output has its name
+    result.out = None if out is None else Path(out)
     return result
 
 
-def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool) -> None:
+def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_changes: bool) -> PruneResult:
+    """A run whose states, events, checkpoint and report go into the folder `stage`."""
+    (stage / RUN).mkdir(exist_ok=True)
+    _check_identity(stage, run.identity(), accept_changes, run.events)
+    run.keep(StateStore(stage / STATE), stop)
+    log = JsonLines(stage / RUN / "events.jsonl")
+    run.events.listeners.append(log)
+    try:
+        result = run.execute(stage, tokenizer)
+    finally:
+        run.events.emit("end")
+        run.events.listeners.remove(log)
+        log.close()
+    write_json(stage / "report.json", result.report)
+    write_report(result.report, stage / "report.html")
+    return result
+
+
+def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool, events: Events) -> None:
     """Write down which run this is, or make sure that it is the interrupted one."""
     path = stage / RUN / "run.json"
     if holds_state(stage) and path.exists() and not accept_changes:
-        require_same(json.loads(path.read_text()), identity)
+        before, now = json.loads(path.read_text()), copy.deepcopy(identity)
+        then = before.setdefault("processes", 1)
+        if then != now["processes"]:
+            events.note(
+                f"the interrupted run had {then} processes, this one has {now['processes']}, which changes results by "
+                "rounding only."
+            )
+            for values in (before, now):  # torchrun sets the threads by the number of processes
+                values.pop("processes", None)
+                values["versions"].pop("threads")
+        require_same(before, now)
     write_json(path, identity)
 
 
@@ -137,9 +165,10 @@ class _Run:
         evaluation: Tensor | None,
         events: Events,
         about: dict[str, Any],
+        group: Group,
     ) -> None:
-        self.config, self.events, self.about = config, events, about
-        self.session = Session(events)
+        self.config, self.events, self.about, self.group = config, events, about, group
+        self.session = Session(events, group=group)
         self.tokens, self.evaluation = tokens, evaluation
         self.layers_before = len(layer_stack(model))
         config.layer_count(self.layers_before)
@@ -162,11 +191,18 @@ class _Run:
         self.dtype, self.device = dtype, device
         self.perplexity: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        if group.agree(self._inputs()) != self._inputs():
+            raise UserError(
+                "the model, the tokens or the configuration differ from those of process 0; give all the same."
+            )
+
+    def _inputs(self) -> list[Any]:
+        return [self.fingerprint, tokens_digest(self.tokens), json.dumps(self.config.to_dict())]
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the interrupted one."""
         config = self.config.to_dict()
-        del config["run"]["save_every"]  # decides how much is repeated, not what comes out
+        del config["run"]["save_every"], config["run"]["parallel"]  # decide how it is done, not what comes out
         return {
             "config": config,
             "model": self.fingerprint,
@@ -174,11 +210,13 @@ class _Run:
             "evaluation": tokens_digest(self.evaluation),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.group.size,
             "versions": versions(),
         }
 
-    def keep(self, keeper: Keeper) -> None:
-        """Save states with `keeper`, and go on from what it found."""
+    def keep(self, store: StateStore | None, stop: Stop | None) -> None:
+        """Save states in `store`, and go on from what the first process has found in it."""
+        keeper = Keeper(store, self.config.run.save_every, stop, share=self.group.share, highest=self.group.highest)
         self.session.keeper = keeper
         self.perplexity = keeper.facts.setdefault("perplexity", {})
         with torch.no_grad():
@@ -196,16 +234,33 @@ class _Run:
 
     def _execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         torch.manual_seed(self.config.seed)
-        self._measure("dense", self.model)
+        self._measure("dense", self.model, self.group)
         selection = self._timed("select", self._select)
         removed = sorted(selection.layers)
         self.events.emit("selected", layers=removed)
         with bypassed(self.model, removed):
-            self._measure("cut", self.model)
+            self._measure("cut", self.model, self.group)
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
-            self._measure("transferred", self.model)
+            self._measure("transferred", self.model, self.group)
         small = remove_layers(self.model, removed)
+        history = {"select": selection.history, "transfer": transferred}
+        report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
+        if self.group.rank:
+            self.source.restore(small)
+        checks = [Check(**check) for check in report["checks"]]
+        return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _prove(
+        self,
+        selection: Selection,
+        history: dict[str, list[dict[str, Any]]],
+        small: PreTrainedModel,
+        stage: Path | None,
+        tokenizer: Any,
+    ) -> dict[str, Any]:
+        """Prove, measure and save the pruned model; the report."""
+        removed = sorted(selection.layers)
         checks = verify_removal(self.model, small, removed)
         require(checks)
         speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
@@ -223,9 +278,7 @@ class _Run:
         cast_parameters(measured, self.dtype)
         self._measure("pruned", measured)
         self._require_quality()
-        history = {"select": selection.history, "transfer": transferred}
-        report = self._report(selection, removed, history, checks, speed, small, size)
-        return PruneResult(removed, small, history, self.perplexity, checks, report)
+        return self._report(selection, removed, history, checks, speed, small, size)
 
     def _select(self) -> Selection:
         if self.config.layers is not None:
@@ -233,20 +286,28 @@ class _Run:
         keeper = self.session.keeper
         if "selection" in keeper.facts:
             return Selection(**keeper.facts["selection"])
-        selection = choose_layers(self.model, self.tokens, self.config, session=self.session)
-        if self.config.select.train_weights:
+        selection = self._choose()
+        if self.config.select.train_weights and keeper.store:
             keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
         keeper.remember("selection", asdict(selection))
         return selection
+
+    def _choose(self) -> Selection:
+        """Gates are learnt by all processes together; what needs no gradient is left to the first one."""
+        if self.config.select.method == "trsp":
+            return choose_layers(self.model, self.tokens, self.config, session=self.session)
+        alone = self.events
+        return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))
 
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
         if not self.config.transfer.epochs:
             return []
         return transfer(self.model, self.tokens, removed, self.config, session=self.session)
 
-    def _measure(self, name: str, model: PreTrainedModel) -> None:
+    def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
+        """Perplexity of a model that all processes of the group have; without one, of this process's own."""
         if self.evaluation is not None and name not in self.perplexity:
-            self.perplexity[name] = perplexity(model, self.evaluation)
+            self.perplexity[name] = perplexity(model, self.evaluation, group=group)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 
     def _require_quality(self) -> None:
@@ -307,7 +368,11 @@ class _Run:
                 "trained_on": self.tokens.numel() * self.config.transfer.epochs,
             },
             "seconds": self.seconds,
-            "run": {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
+            "run": {
+                "device": str(self.device),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "processes": self.group.size,
+            },
             "config": self.config.to_dict(),
             "versions": versions(),
         }

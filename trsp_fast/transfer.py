@@ -208,7 +208,8 @@ def _step(run: _Training) -> None:
     def begin() -> None:
         run.optimizer.zero_grad()
         sums.update({name: torch.zeros((), device=device) for name in ("loss", "lm_loss", "penalty")})
-        sums["D"] = torch.full_like(gates.values, math.nan)  # stays where a layer has no D
+        # one value in all processes, also in one without rows; NaN says that layers have no D
+        sums["D"] = torch.full_like(gates.values, 0.0 if gates.with_norms else math.nan)
 
     def work(part: Tensor, share: float) -> None:
         loss, lm_loss, penalty, distances = _losses(run, part, weight)
@@ -216,10 +217,10 @@ def _step(run: _Training) -> None:
         for name, value in (("loss", loss), ("lm_loss", lm_loss), ("penalty", penalty)):
             sums[name] += value.detach() * share
         for layer, d in distances.items():
-            sums["D"][layer] = sums["D"][layer].nan_to_num(0.0) + d.detach() * share
+            sums["D"][layer] += d.detach() * share
 
     run.session.accumulate(rows, work, begin)
-    run.session.group.sum([*sums.values(), *(p.grad for p in run.weights.values() if p.grad is not None)])
+    run.session.group.sum_with_gradients([*sums.values()], run.weights.values())
     norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
     rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)

@@ -38,7 +38,7 @@ class Session:
         """Plain values that are found out once: an interrupted run goes on with what it had found."""
         decided = self.keeper.facts.setdefault("decided", {})
         if what not in decided:
-            decided[what] = self.group.agree(make())
+            decided[what] = self.group.first(make)
         return decided[what]
 
     def plan(self, stage: str, make: Callable[[], MemoryPlan]) -> MemoryPlan:
@@ -79,22 +79,26 @@ class Session:
     def accumulate(self, rows: Tensor, work: Callable[[Tensor, float], None], begin: Callable[[], None]) -> None:
         """Call `work(rows, weight)` for each micro-batch of a batch's rows, after `begin()`.
 
-        Where memory runs out the micro-batch is halved, once and for all, and the batch begins anew.
+        Where memory runs out, in any process, the micro-batch is halved in all, once and for all, and the batch begins
+        anew.
 
         Raises:
             UserError: there is no memory for a single window.
         """
         while True:
             begin()
+            parts, failed = self.group.parts(rows, self.micro_batch), 0
             try:
-                for part, weight in self.group.parts(rows, self.micro_batch):
+                for part, weight in parts:
                     work(part, weight)
-                return
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                size = min(self.micro_batch or len(rows), len(rows))
+                failed = len(parts[0][0])
             # outside of the handler, which holds on to the tensors of the failed pass
+            (size,) = self.group.highest(failed)
+            if not size:
+                return
             self._halve(size)
 
     def _halve(self, size: int) -> None:

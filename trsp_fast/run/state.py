@@ -23,6 +23,7 @@ from trsp_fast.errors import Interrupted
 from trsp_fast.run.output import flush_folder, write_durably
 
 KEPT = 2  # states on disk: the newest, and the one before it in case the newest is damaged
+Loaded = tuple[dict[str, Any], dict[str, Tensor]]  # plain values and tensors
 AUTO_SHARE = 20  # without save_every, saving takes at most one part in so many of a run's time
 
 
@@ -58,21 +59,21 @@ class StateStore:
         for old in self._numbers()[:-KEPT]:
             self._remove(old)
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def load(self) -> Loaded | None:
         """The newest state that is whole, None where there is none."""
         for number in reversed(self._numbers()):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 return self._read(self.folder / f"{number:06}")
         return None
 
-    def _read(self, stem: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self, stem: Path) -> Loaded:
         from safetensors.torch import load_file
 
         envelope = json.loads(stem.with_suffix(".json").read_text())
         text, path = envelope["content"], stem.with_suffix(".safetensors")
         if hashlib.sha256(text.encode()).hexdigest() != envelope["values"] or _digest(path) != envelope["tensors"]:
             raise ValueError(f"{stem} is damaged")
-        return json.loads(text, object_hook=_whole_keys), load_file(path)
+        return json.loads(text, object_hook=whole_keys), load_file(path)
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
@@ -113,7 +114,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _whole_keys(values: dict[str, Any]) -> dict[Any, Any]:
+def whole_keys(values: dict[str, Any]) -> dict[Any, Any]:
     """JSON turns the layer numbers that are keys into text: turn them back."""
     return {int(key) if key.isdigit() else key: value for key, value in values.items()}
 
@@ -157,17 +158,27 @@ class Keeper:
         store: where states go.
         every: save after so many steps; 0 saves as often as takes a twentieth of the time.
         stop: who may ask for the end.
+        share: hands what the first of several processes has loaded to all of them; the others have no store.
+        highest: the highest of a number over the processes, so that all of them end after the same step.
     """
 
-    def __init__(self, store: StateStore | None = None, every: int = 0, stop: Stop | None = None) -> None:
-        self.store, self.every, self.stop = store, every, stop or Stop()
+    def __init__(
+        self,
+        store: StateStore | None = None,
+        every: int = 0,
+        stop: Stop | None = None,
+        *,
+        share: Callable[[Loaded | None], Loaded | None] = lambda loaded: loaded,
+        highest: Callable[[int], list[int]] = lambda number: [number],
+    ) -> None:
+        self.store, self.every, self.stop, self._highest = store, every, stop or Stop(), highest
         self.facts: dict[str, Any] = {}  # what is known for good: perplexities, the chosen layers, ...
         self.base: dict[str, Tensor] = {}  # weights as stage 1 left them, where it trained them
         self._found: State | None = None
         self._since = time.monotonic()
         self._cost = 0.0
         self._steps = 0
-        loaded = store.load() if store else None
+        loaded = share(store.load() if store else None)
         if loaded:
             values, tensors = loaded
             self.facts = values["facts"]
@@ -201,13 +212,14 @@ class Keeper:
             Interrupted: after the state was saved.
         """
         self._steps += 1
+        (wish,) = self._highest(self.stop.code)
         due = self._steps >= self.every if self.every else time.monotonic() - self._since > AUTO_SHARE * self._cost
-        if self.store and (always or due or self.stop.code):
+        if self.store and (always or due or wish):
             self._save(make())
-        if self.stop.code:
+        if wish:
             if self.store:
-                raise Interrupted(self.stop.code)
-            raise KeyboardInterrupt if self.stop.code == 130 else SystemExit(self.stop.code)
+                raise Interrupted(wish)
+            raise KeyboardInterrupt if wish == 130 else SystemExit(wish)
 
     def _save(self, state: State) -> None:
         if not self.store:

@@ -233,7 +233,7 @@ def _learn_step(learning: _Learning) -> None:
         for parameter in learning.weights.values():
             parameter.grad = None
         sums.update(loss=torch.zeros_like(gates.values[0]), D=torch.zeros_like(gates.values))
-        sequences.clear()
+        sequences[:] = [gates.values.new_zeros(0, len(gates.values))]  # a process may have no rows of a small batch
 
     def work(part: Tensor, weight: float) -> None:
         loss, own = _pass(learning, part, weight)
@@ -245,8 +245,8 @@ def _learn_step(learning: _Learning) -> None:
     session.accumulate(rows, work, begin)
     gradient = gates.values.grad
     assert gradient is not None
-    session.group.sum([sums["loss"], sums["D"], gradient, *_gradients(learning.weights)])
-    own = session.group.gather(torch.cat(sequences))
+    own = session.group.spread(torch.cat(sequences), len(rows))
+    session.group.sum_with_gradients([sums["loss"], sums["D"], gradient, own], learning.weights.values())
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(gradient).all()
     learning.counted += finite
     change = (own.square().mean(0) - learning.curvature) / learning.counted.clamp(min=1)
@@ -267,10 +267,6 @@ def _pass(learning: _Learning, rows: Tensor, weight: float = 1.0) -> tuple[Tenso
     own = learning.gates.gradients()
     assert own is not None
     return loss, own
-
-
-def _gradients(weights: Named) -> list[Tensor]:
-    return [parameter.grad for parameter in weights.values() if parameter.grad is not None]
 
 
 def _move_gates(learning: _Learning, finite: Tensor) -> None:
@@ -343,10 +339,14 @@ def _lowest(learning: _Learning, wanted: int) -> list[int]:
     if settings.shortlist > 1:
         short = ranked[: max(settings.shortlist, wanted)]
         judge = learning.tokens[:JUDGE_WINDOWS]
+        losses, group = torch.zeros(len(short), dtype=torch.float64), learning.session.group
         with gates.neutral():
-            judgement = judge_layers(learning.model, judge, [], short)
-        judged = judgement.losses
-        learning.cost += math.ceil(judgement.cost)
+            for rows, weight in group.parts(torch.arange(len(judge)), 0):
+                judgement = judge_layers(learning.model, judge[rows], [], short)
+                losses += torch.tensor([judgement.losses[layer] for layer in short], dtype=torch.float64) * weight
+                learning.cost += math.ceil(judgement.cost * group.size)
+        group.sum([losses])
+        judged = dict(zip(short, losses.tolist(), strict=True))
         ranked = sorted(short, key=lambda layer: judged[layer])
     for layer in ranked[:wanted]:
         entry = {

@@ -1,0 +1,131 @@
+"""Memory and time of a run by the size of its model and the number of its processes: the tables of docs/scaling.md.
+
+`python bench/scaling.py` prints them. The bytes are checked against what small runs hold in
+tests/engine/test_distributed.py; the rest is arithmetic from the assumptions below, not a measurement.
+"""
+
+import math
+from dataclasses import dataclass
+
+FP32 = 4
+GRADIENT, MOMENTS = FP32, 2 * FP32  # of each trained weight; AdamW has two moments
+COMPUTE = 2  # bf16
+COUNTER = FP32  # AdamW counts the steps of every tensor by itself
+
+# Assumed: a GPU of 989 TFLOP/s in bf16 (H100 SXM, dense), 40% of them used; links of 450 GB/s inside a node (NVLink)
+# and 50 GB/s per GPU between nodes (400 Gb/s), 80% of them used.
+FLOPS, USED = 989e12, 0.4
+NVLINK, NETWORK, LINK_USED = 450e9, 50e9, 0.8
+GPUS_PER_NODE = 8
+
+# The default recipe: see trsp_fast.config, and BATCH and JUDGE_WINDOWS in trsp_fast.select.trsp
+WINDOW, SAMPLES, EPOCHS, SHARE = 2048, 128, 3, 0.25
+SELECT_BATCH, STEPS_PER_ROUND, SHORTLIST, JUDGE_WINDOWS, TRANSFER_BATCH = 16, 4, 4, 32, 4
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    parameters: float
+    layers: int
+
+
+MODELS = (
+    Model("LLaMA2-7B", 6.74e9, 32),
+    Model("LLaMA2-13B", 13.0e9, 40),
+    Model("Llama-3-70B", 70.6e9, 80),
+    Model("Llama-3.1-405B", 405.9e9, 126),
+)
+
+
+def select_bytes(parameters: float, compute: int = COMPUTE) -> float:
+    """Weights in stage 1, which are frozen: no gradients, no optimiser. Gates are a few bytes per layer."""
+    return parameters * compute
+
+
+def transfer_bytes(
+    parameters: float, trained: float, tensors: int = 0, *, distill: bool = True, compute: int = COMPUTE
+) -> float:
+    """Weights, gradients, AdamW and teacher in stage 2, in each process.
+
+    All weights are cast to fp32, `trained` of them in `tensors` tensors have gradients and moments, and the teacher has
+    copies of them in the dtype of the computation.
+    """
+    teacher = trained * compute if distill else 0
+    return parameters * FP32 + trained * (GRADIENT + MOMENTS) + tensors * COUNTER + teacher
+
+
+def cast_bytes(parameters: float, compute: int = COMPUTE) -> float:
+    """What autocast adds during a step: a copy of every weight in the dtype of the computation, kept for backward."""
+    return parameters * compute
+
+
+def sharded(size: float, processes: int) -> float:
+    """The same bytes if every tensor were divided among the processes (FSDP; not built)."""
+    return size / processes
+
+
+def transfer_steps(processes: int) -> int:
+    """Optimiser steps of stage 2 with a window for each process."""
+    return math.ceil(EPOCHS * SAMPLES / max(TRANSFER_BATCH, processes))
+
+
+def flops(model: Model, processes: int) -> tuple[float, float]:
+    """Floating point operations of stage 1 and of stage 2.
+
+    Per token and parameter 2 for a forward pass, 2 for the gradient of activations and 2 for that of weights. Stage 1
+    has frozen weights: 4, and 2 for judging its shortlists. Stage 2: 6, and 2 for the teacher.
+    """
+    rounds = round(model.layers * SHARE)
+    learned = rounds * STEPS_PER_ROUND * max(SELECT_BATCH, processes) * WINDOW
+    judged = rounds * SHORTLIST * JUDGE_WINDOWS * WINDOW
+    trained = EPOCHS * SAMPLES * WINDOW
+    return model.parameters * (4 * learned + 2 * judged), model.parameters * 8 * trained
+
+
+def reduced_bytes(model: Model, processes: int) -> float:
+    """Bytes that each process sends in one step of stage 2: a ring all-reduce of fp32 gradients."""
+    return 2 * (processes - 1) / processes * model.parameters * GRADIENT
+
+
+def gathered_bytes(model: Model, processes: int) -> float:
+    """The same if weights were sharded: two gathers of bf16 weights, teacher's one, one scatter of fp32 gradients."""
+    return (processes - 1) / processes * model.parameters * (3 * COMPUTE + GRADIENT)
+
+
+def hours(model: Model, processes: int, sent: float) -> tuple[float, float]:
+    """Of stage 1 and of stage 2, of which `sent` bytes a step are not hidden behind computing."""
+    first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes))
+    link = (NVLINK if processes <= GPUS_PER_NODE else NETWORK) * LINK_USED
+    return first / 3600, (second + transfer_steps(processes) * sent / link) / 3600
+
+
+def main() -> None:
+    print("| model | stage 1 | stage 2, distilled | stage 2, `objective: lm` | distilled, sharded over 8 | over 64 |")
+    print("|---|---|---|---|---|---|")
+    for model in MODELS:
+        n = model.parameters
+        held, cast = transfer_bytes(n, n), cast_bytes(n)
+        plain = transfer_bytes(n, n, distill=False) + cast
+        cells = [select_bytes(n), held + cast, plain, sharded(held, 8), sharded(held, 64)]
+        print(f"| {model.name} | {' | '.join(f'{size / 1e9:,.0f} GB' for size in cells)} |")
+    print("\n| model, GPUs | FLOPs, stages 1 + 2 | sent per step | stage 1 | stage 2 |")
+    print("|---|---|---|---|---|")
+    for model, processes, how in (
+        (MODELS[0], 1, "none"),
+        (MODELS[0], 8, "ddp"),
+        (MODELS[1], 8, "sharded, not built"),
+        (MODELS[2], 8, "sharded, not built"),
+        (MODELS[3], 64, "sharded, not built"),
+    ):
+        sent = (gathered_bytes if "sharded" in how else reduced_bytes)(model, processes)
+        first, second = hours(model, processes, sent)
+        work = sum(flops(model, processes))
+        print(
+            f"| {model.name}, {processes} ({how}) | {work:.1e} | {sent / 1e9:,.0f} GB | {first * 60:,.1f} min | "
+            f"{second * 60:,.1f} min |"
+        )
+
+
+if __name__ == "__main__":
+    main()
