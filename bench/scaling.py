@@ -48,11 +48,12 @@ def transfer_bytes(
 ) -> float:
     """Weights, gradients, AdamW and teacher in stage 2, in each process.
 
-    All weights are cast to fp32, `trained` of them in `tensors` tensors have gradients and moments, and the teacher has
-    copies of them in the dtype of the computation.
+    `trained` weights in `tensors` tensors are fp32 with gradients and moments, and the teacher has copies of them in the
+    dtype of the computation; the others stay in that dtype and are shared with the teacher.
     """
     teacher = trained * compute if distill else 0
-    return parameters * FP32 + trained * (GRADIENT + MOMENTS) + tensors * COUNTER + teacher
+    own = trained * (FP32 + GRADIENT + MOMENTS) + tensors * COUNTER
+    return own + (parameters - trained) * compute + teacher
 
 
 def cast_bytes(parameters: float, compute: int = COMPUTE) -> float:

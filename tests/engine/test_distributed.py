@@ -147,7 +147,7 @@ def test_processes_hold_the_bytes_that_docs_scaling_counts(two):
         assert size == scaling.transfer_bytes(parameters, trained, tensors, compute=4)
         size, trained, tensors = result["held"]["paper"]["transfer"]  # a part is trained, without a teacher
         assert 0 < trained < parameters
-        assert size == scaling.transfer_bytes(parameters, trained, tensors, distill=False)
+        assert size == scaling.transfer_bytes(parameters, trained, tensors, distill=False, compute=4)
 
 
 def test_a_bf16_run_holds_the_bytes_that_docs_scaling_counts():
