@@ -48,8 +48,8 @@ def transfer_bytes(
 ) -> float:
     """Weights, gradients, AdamW and teacher in stage 2, in each process.
 
-    `trained` weights in `tensors` tensors are fp32 with gradients and moments, and the teacher has copies of them in the
-    dtype of the computation; the others stay in that dtype and are shared with the teacher.
+    `trained` weights in `tensors` tensors are fp32 with gradients and moments, and the teacher has copies of them in
+    the dtype of the computation; the others stay in that dtype and are shared with the teacher.
     """
     teacher = trained * compute if distill else 0
     own = trained * (FP32 + GRADIENT + MOMENTS) + tensors * COUNTER

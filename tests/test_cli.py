@@ -447,6 +447,27 @@ def test_plan_says_what_can_go_and_why_not(run, model, jamba):
     assert run("plan", jamba, "--layers", "0,1,2,3")[0] == 0
 
 
+def test_plan_with_data_says_what_a_run_would_take(run, model, tokens):
+    command = ("plan", model, "--num-layers", 2, "--data", tokens, *QUICK)
+    code, out, error = run(*command)
+    assert code == 0, error
+    assert "2 of 5 layers would go in about" in out
+    assert "stage 1: 2 steps, 128 tokens, 4 windows in one pass" in out
+    code, out, _ = run(*command, "--json", "--preset", "paper")
+    forecast = json.loads(out)["forecast"]
+    assert forecast["steps"] == {"stage 1": 2, "stage 2": 2}
+    assert set(forecast["seconds"]) == {"evaluation", "stage 1", "stage 2", "speed and proof"}
+    weights = sum(t.numel() * 4 for t in load_file(model / "model.safetensors").values())
+    assert forecast["memory"]["weights"] == weights
+    assert forecast["memory"]["stage 2"]["optimiser"] == 2 * weights
+    code, _, error = run("plan", model, "--data", tokens)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--data was given without an amount" in error
+    code, _, error = run("plan", model, "--num-layers", 3, "--set", "select.protect_first=3")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "3 layers are to go, but only 2 of 5 can" in error
+
+
 @pytest.mark.parametrize("command", ["plan", "remove"])
 def test_an_off_period_cut_of_jamba_is_one_sentence(run, jamba, tmp_path, command):
     code, _, error = run(command, jamba, "--layers", "3", *(["--out", tmp_path / "out"] if command == "remove" else []))

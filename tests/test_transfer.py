@@ -2,16 +2,19 @@
 
 import copy
 import importlib
+import sys
 
 import pytest
 import torch
+from tiny import tiny_llama
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.objective import mean_loss
 from trsp_fast.engine.session import Session
-from trsp_fast.errors import Diverged
+from trsp_fast.errors import Diverged, Interrupted, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
+from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.transfer import gate_at, lambda2_at, learning_rate_factor, trainable_weights, transfer
 
 transfer_module = importlib.import_module("trsp_fast.transfer")  # the package has a function of that name
@@ -152,6 +155,34 @@ def test_micro_batches_change_losses_and_gradients_by_rounding_only(llama, token
         assert other["D"] == pytest.approx(one["D"], rel=1e-5, nan_ok=True)
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6)
         assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_learn_and_resume_to_the_same_bits(tmp_path, tokens):
+    pytest.importorskip("torchao", reason="needs the package torchao")
+    model = tiny_llama(hidden_size=64)  # torchao keeps the moments of weights below 4,096 elements as they are
+    settings = config(optimizer="adamw8bit", epochs=4)
+    whole = transfer(copy.deepcopy(model), tokens, [1], settings)
+    plain = transfer(copy.deepcopy(model), tokens, [1], config(epochs=4))
+    assert [e["loss"] for e in whole] == pytest.approx([e["loss"] for e in plain], rel=2e-2)
+    assert [e["loss"] for e in whole] != [e["loss"] for e in plain]
+    stop = Stop()
+
+    def interrupt(kind, values):
+        if kind == "transfer_step" and values["step"] == 3:
+            stop.code = 143
+
+    keeper = Keeper(StateStore(tmp_path), stop=stop)
+    with pytest.raises(Interrupted):
+        transfer(copy.deepcopy(model), tokens, [1], settings, session=Session(Events(interrupt), keeper))
+    again = transfer(model, tokens, [1], settings, session=Session(keeper=Keeper(StateStore(tmp_path))))
+    assert again == whole
+
+
+def test_8_bits_need_torchao(llama, tokens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"install trsp_fast\[torchao\]"):
+        transfer(llama, tokens, [1], config(optimizer="adamw8bit"))
 
 
 def test_neighbours_alone_learn_and_the_rest_is_shared_with_the_teacher(llama, tokens):

@@ -58,6 +58,7 @@ class TransferConfig:
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps.
     epochs: passes over the calibration data; 0 skips stage 2.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
+    optimizer: `adamw`, or `adamw8bit` (torchao's, moments in 8 bits: a quarter of the optimiser's memory).
     trainable: which weights learn: `all`, or `neighbours`: the layers beside each removed one and every normalisation.
     """
 
@@ -72,6 +73,7 @@ class TransferConfig:
     lr: float = _setting(5e-4, low=0)
     warmup: float = _setting(0.05, low=0, high=1)
     clip: float = _setting(1.0, low=0)
+    optimizer: str = _setting("adamw", choices=("adamw", "adamw8bit"))
     trainable: str = _setting("all", choices=("all", "neighbours"))
 
 

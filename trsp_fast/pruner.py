@@ -1,6 +1,7 @@
 """prune(): select -> transfer -> remove -> verify -> save."""
 
 import copy
+import importlib.util
 import json
 import math
 import platform
@@ -28,7 +29,7 @@ from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_re
 from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import measure_speed
-from trsp_fast.run.events import Events, JsonLines
+from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_json
 from trsp_fast.run.state import Keeper, StateStore, Stop
@@ -123,14 +124,17 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
     (stage / RUN).mkdir(exist_ok=True)
     _check_identity(stage, run.identity(), accept_changes, run.events)
     run.keep(StateStore(stage / STATE), stop)
-    log = JsonLines(stage / RUN / "events.jsonl")
-    run.events.listeners.append(log)
+    logs: list[JsonLines | TensorBoard] = [JsonLines(stage / RUN / "events.jsonl")]
+    if importlib.util.find_spec("tensorboard"):
+        logs.append(TensorBoard(stage / RUN / "tensorboard"))
+    run.events.listeners += logs
     try:
         result = run.execute(stage, tokenizer)
     finally:
         run.events.emit("end")
-        run.events.listeners.remove(log)
-        log.close()
+        for log in logs:
+            run.events.listeners.remove(log)
+            log.close()
     write_json(stage / "report.json", result.report)
     write_report(result.report, stage / "report.html")
     return result

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.memory import MemoryPlan, plan_memory
 from trsp_fast.engine.objective import WindowOrder
-from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
+from trsp_fast.engine.optimizers import (
+    STATE_BYTES,
+    Named,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    set_rate,
+    step_if,
+)
 from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
@@ -98,10 +106,10 @@ def transfer(
             _gates(model, layers, settings) as gates,
             session.keeper.steps(),
         ):
-            optimizer = adamw(weights.values(), settings.lr, (0.9, 0.95))
+            optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
             run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
             run.objective = _choose_objective(run, config.run.deterministic)
-            plan = session.plan("transfer", lambda: _plan(run))
+            plan = session.plan("transfer", order.batch * tokens.shape[1], lambda: _plan(run))
             during.enter_context(recomputed(model, plan.recomputed))
             _resume(run)
             while run.done < run.steps:
@@ -166,7 +174,7 @@ def _plan(run: _Training) -> MemoryPlan:
         run.tokens.shape[1],
         gated=run.gates.layers,
         held={"fp32 copies": run.masters.growth, "untouched model": teacher},
-        coming={"optimiser": 8 * trained},
+        coming={"optimiser": round(STATE_BYTES[run.settings.optimizer] * trained)},
         gradients=4 * trained,
     )
 
@@ -224,8 +232,7 @@ def _step(run: _Training) -> None:
     norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
     rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     entry = {"gate": gate if settings.gate == "anneal" else 1.0, "lambda2": weight, "lr": rate}
     figures = {**sums, "norm": norm, "finite": finite}
     run.readback.put(figures, lambda host: _note(run, step, rows, entry, host))

@@ -119,9 +119,9 @@ def test_a_plan_is_made_once_and_read_back():
         made.append(1)
         return MemoryPlan(4, (0, 1), {"a": 5}, 10)
 
-    first = session.plan("select", make)
+    first = session.plan("select", 64, make)
     assert (first, session.micro_batch) == (MemoryPlan(4, (0, 1), {"a": 5}, 10), 4)
-    assert session.plan("select", make) == first
+    assert session.plan("select", 64, make) == first
     assert len(made) == 1
     kept = json.loads(json.dumps(session.keeper.facts["decided"]["plan of select"]))
     assert MemoryPlan.from_dict(kept) == first
@@ -129,9 +129,9 @@ def test_a_plan_is_made_once_and_read_back():
 
 def test_layers_of_two_kinds_are_measured_apart(tokens):
     model = tiny_llama()
-    model.model.layers[3].mlp = type(model.model.layers[3].mlp)(
-        type(model.config)(**{**model.config.to_dict(), "intermediate_size": 480})
-    )
+    wide = type(model.config)(**{**model.config.to_dict(), "intermediate_size": 480})
+    for index in (2, 3):
+        model.model.layers[index].mlp = type(model.model.layers[index].mlp)(wide)
 
     def step(windows):
         model(input_ids=tokens[:windows], labels=tokens[:windows], use_cache=False).loss.backward()
@@ -141,8 +141,9 @@ def test_layers_of_two_kinds_are_measured_apart(tokens):
     assert len(costs.more) == 4
     plain, wide = costs.kinds[0], costs.kinds[3]
     assert costs.more[wide, False].per_window > 2 * costs.more[plain, False].per_window
-    plan = plan_memory(model, step, 8, 16, gated=[], held={}, coming={}, gradients=0, available=1 << 40)
-    assert plan.peak == pytest.approx(peak_bytes(lambda: step(8), CPU), rel=0.1)
+    size = sum(p.nbytes for p in model.parameters())
+    plan = plan_memory(model, step, 8, 16, gated=[], held={}, coming={}, gradients=size, available=1 << 40)
+    assert plan.peak == pytest.approx(peak_bytes(lambda: step(8), CPU), rel=0.15)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_begins_anew(llama, tokens):

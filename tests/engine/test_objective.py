@@ -102,16 +102,16 @@ def test_chunked_gives_the_models_own_loss_and_gradients(name, tokens):
 def test_in_bf16_chunked_is_as_near_to_fp32_as_the_models_own(name, tokens):
     """fp32 masters under autocast: errors against the fp32 loss of the same states, twice the own error + eps."""
     model, tokens = model_of(name).to(torch.bfloat16), tokens % 90
-    with fp32_weights(model) as autocast:
-        with autocast:
+    with fp32_weights(model) as masters:
+        with masters.autocast:
             assert choose_loss(model, tokens, probe=FASTER).name == CHUNKED
             states = heads.hidden_states(model, tokens).detach().requires_grad_()
         head = output_head(model)
         found = {}
         for kind, loss, context in (
             ("exact", heads.plain_cross_entropy, torch.autocast("cpu", enabled=False)),
-            ("own", heads.plain_cross_entropy, autocast),
-            ("ours", chunked_cross_entropy, autocast),
+            ("own", heads.plain_cross_entropy, masters.autocast),
+            ("ours", chunked_cross_entropy, masters.autocast),
         ):
             with context:
                 value = loss(head, states.float(), tokens)

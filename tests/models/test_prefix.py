@@ -169,7 +169,7 @@ def test_refused_with_a_reason(tokens, trap, monkeypatch):
     elif trap == "random":
         model.train()
     else:
-        monkeypatch.setattr(prefix_module, "_available_host_memory", lambda: 2 * 6 * 12 * 32 * 4 - 1)
+        monkeypatch.setattr(prefix_module, "free_memory", lambda: 2 * 6 * 12 * 32 * 4 - 1)
     assert PrefixStates.build(model, tokens, 3, events) is None
     assert len(texts) == 1
     assert ("memory" if trap == "memory" else "the loss from their kept output on is another") in texts[0]

@@ -4,7 +4,7 @@ Nothing is guessed: a step with no, one and two layers switched on (the others b
 windows and its peak measured. A step's peak is linear in the windows, and every further layer of a kind adds what the
 second one added, so these few passes give the peak of the whole step:
 
-    peak = fixed + max(head + sum of layers, largest layer at work + sum of the others, all gradients + a layer at work)
+    peak = fixed + max(head + all layers, over layers: one at work + those below it + the gradients of those above it)
 """
 
 import functools
@@ -127,15 +127,16 @@ class _Costs:
 
     def parts(self, windows: int, accumulates: bool, gradients: int, twice: set[int]) -> dict[str, int]:
         layers = [(kind, index in twice) for index, kind in enumerate(self.kinds)]
-        kept = sum(max(0.0, self.more[layer].at(windows)) for layer in layers)
-        working = max(self.one[layer].at(windows) - max(0.0, self.more[layer].at(windows)) for layer in layers)
-        at_work = max(self.one[layer].at(windows) for layer in layers)
-        base = max(self.head.at(windows), working)
-        own = {"kept for the backward pass": round(kept), "head and working memory": round(base)}
-        if accumulates:
-            return {**own, "gradients": gradients}
-        missing = gradients + at_work - kept - base  # at the bottom of the backward pass all gradients are there
-        return {**own, "gradients": max(0, round(missing))}
+        more = [max(0.0, self.more[layer].at(windows)) for layer in layers]
+        kept, below, peak = sum(more), 0.0, 0.0
+        # The backward pass goes down: at a layer those above are let go of, and have left their gradients.
+        for index, layer in enumerate(layers):
+            left = 0.0 if accumulates else gradients * (1 - index / len(layers))
+            peak = max(peak, below + self.one[layer].at(windows) + left)
+            below += more[index]
+        peak = max(peak, kept + self.head.at(windows))
+        own = {"kept for the backward pass": round(kept), "head and working memory": round(peak - kept)}
+        return {**own, "gradients": gradients} if accumulates else own
 
 
 def _measure(
@@ -154,7 +155,7 @@ def _measure(
         other = same[1] if len(same) > 1 else next((i for i in range(len(kinds)) if i != same[0]), None)
         for again in (False, True):
             one[kind, again] = step_peaks((same[0],), same[:1] if again else ())
-            more[kind, again] = one[kind, again] - head
+            more[kind, again] = one[kind, again] - head  # too much rather than too little, where it is the only one
             if other is not None and kinds[other] == kind:
                 more[kind, again] = step_peaks((same[0], other), (same[0], other) if again else ()) - one[kind, again]
     return _Costs(kinds, head, one, more)

@@ -5,7 +5,41 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from trsp_fast.errors import UserError
+
 Named = dict[str, nn.Parameter]
+
+# Bytes of state per trained weight: two moments in fp32, or in 8 bits with one fp32 scale for 256 of them.
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 2 * 4 / 256}
+
+
+def make_optimizer(
+    kind: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """`adamw`, or `adamw8bit`: torchao's, which keeps the moments of large weights in 8 bits.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    if kind == "adamw":
+        return adamw(parameters, lr, betas)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "transfer.optimizer is adamw8bit, which needs the package torchao; install trsp_fast[torchao], or leave it "
+            "at adamw."
+        ) from None
+    return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next steps. torchao keeps it in a tensor, which must stay the same one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -14,10 +48,15 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, flo
 
 
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One step of a fused optimiser, or none at all, its own counters included, where `finite` (0-D bool) is false.
+    """One step of an optimiser, or none at all, its own counters included, where `finite` (0-D bool) is false.
 
     The flag stays on the device: fused optimisers read `found_inf` there, as torch's gradient scaler gives it to them.
+    Others have to wait for it.
     """
+    if not optimizer.defaults.get("fused"):
+        if finite:
+            optimizer.step()
+        return
     device = optimizer.param_groups[0]["params"][0].device
     optimizer.found_inf = (~finite).float().to(device)  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -43,16 +82,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors
     """
     if not tensors:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rate = float(optimizer.param_groups[0]["lr"])
     kept = {name: parameter.detach().clone() for name, parameter in named.items()}
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_rate(optimizer, 0.0)
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    set_rate(optimizer, rate)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(kept[name])

@@ -41,12 +41,12 @@ class Session:
             decided[what] = self.group.first(make)
         return decided[what]
 
-    def plan(self, stage: str, make: Callable[[], MemoryPlan]) -> MemoryPlan:
-        """The memory plan of a stage; a `micro_batch` that was given needs none."""
+    def plan(self, stage: str, tokens: int, make: Callable[[], MemoryPlan]) -> MemoryPlan:
+        """The memory plan of a stage with steps of so many tokens; a `micro_batch` that was given needs none."""
         values = self.decide(f"plan of {stage}", lambda: (MemoryPlan(self._given) if self._given else make()).to_dict())
         plan = MemoryPlan.from_dict(values)
         self.micro_batch = plan.micro_batch
-        self.events.emit("plan", stage=stage, **values)
+        self.events.emit("plan", stage=stage, tokens=tokens, **values)
         return plan
 
     def loss(self, model: PreTrainedModel, window: Tensor, *, reproducible: bool) -> LossChoice:

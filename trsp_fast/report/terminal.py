@@ -66,12 +66,17 @@ class _Bars:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.stage = ""
+        self.tokens = 0  # of a step
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
         if kind in ("phase", "selected", "perplexity", "checks", "end"):
             self._close()
+        if kind == "plan":
+            self.tokens = values["tokens"]
         if kind == "select_step":
-            self._advance("stage 1", f"round {values['round'] + 1}", values)
+            gates = [gate for gate in values["gates"] if gate is not None]
+            note = f"round {values['round'] + 1} loss {values['loss']:.3f} gates {min(gates):.2f}-{max(gates):.2f}"
+            self._advance("stage 1", note, values)
         if kind == "transfer_step":
             self._advance("stage 2", f"loss {values['loss']:.3f}", values)
         text = _sentence(kind, values)
@@ -81,13 +86,23 @@ class _Bars:
     def _advance(self, stage: str, note: str, values: dict[str, Any]) -> None:
         if self.progress is None or stage != self.stage:
             self._close()
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=self.console, transient=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
+            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self.progress.start()
-            self.task, self.stage = self.progress.add_task(stage, total=values["steps"]), stage
+            self.task, self.stage = self.progress.add_task(stage, total=values["steps"], rate=""), stage
         assert self.task is not None
+        speed = self.progress.tasks[0].speed  # steps per second
         self.progress.update(
-            self.task, completed=values["step"] + 1, total=values["steps"], description=f"{stage} {note}"
+            self.task,
+            completed=values["step"] + 1,
+            total=values["steps"],
+            description=f"{stage} {note}",
+            rate=f"{speed * self.tokens:,.0f} tokens/s" if speed else "",
         )
 
     def _close(self) -> None:

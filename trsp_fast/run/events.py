@@ -40,6 +40,36 @@ class JsonLines:
         self.file.close()
 
 
+class TensorBoard:
+    """Listener that writes losses, gates and distances as curves, for `tensorboard --logdir`.
+
+    Raises:
+        ImportError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        if kind not in ("select_step", "transfer_step"):
+            return
+        stage, step = kind.removesuffix("_step"), values["step"] + values.get("round", 0) * values["steps"]
+        for name in ("loss", "lm_loss", "penalty", "gradient_norm", "lr", "gate", "lambda2"):
+            if name in values:
+                self.writer.add_scalar(f"{stage}/{name}", values[name], step)
+        for name in ("gates", "gradients", "D"):
+            by_layer = values.get(name) or {}
+            layers = by_layer.items() if isinstance(by_layer, dict) else enumerate(by_layer)
+            for layer, value in layers:
+                if value is not None:
+                    self.writer.add_scalar(f"{stage}/{name}/layer {layer}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 def _drop_torn_line(path: Path) -> None:
     """A process that was killed may have left half a line at the end."""
     if path.exists():

@@ -107,7 +107,8 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         window = tokens[:1].to(gates.values.device)
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
-        during.enter_context(recomputed(model, session.plan("select", lambda: _plan(learning, batch)).recomputed))
+        plan = session.plan("select", batch * tokens.shape[1], lambda: _plan(learning, batch))
+        during.enter_context(recomputed(model, plan.recomputed))
         _begin_or_resume(learning)
         for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
             _learn_round(learning)
