@@ -10,8 +10,7 @@ from trsp_fast.engine.session import Session
 from trsp_fast.errors import Diverged, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
-from trsp_fast.select import choose_layers
-from trsp_fast.select import trsp as trsp_stage_1
+from trsp_fast.select import choose_layers, gate_learning
 
 
 def config(count=2, **select):
@@ -117,13 +116,13 @@ def test_gates_of_removed_layers_stop_moving(llama, tokens):
     seen = []
     settings = config(optimizer="adam", lr=0.05, reset_gates=False, rank="magnitude")
     with pytest.MonkeyPatch.context() as patch:
-        original = trsp_stage_1._move_gates
+        original = gate_learning._move_gates
 
         def watched(learning, finite):
             original(learning, finite)
             seen.append((set(learning.alive), learning.gates.values.detach().clone()))
 
-        patch.setattr(trsp_stage_1, "_move_gates", watched)
+        patch.setattr(gate_learning, "_move_gates", watched)
         choose(llama, tokens, settings)
     gone = next(iter(seen[0][0] - seen[-1][0]))
     assert len({float(values[gone]) for alive, values in seen if gone not in alive}) == 1
@@ -214,3 +213,19 @@ def test_a_step_that_is_not_finite_is_not_applied(llama, tokens, monkeypatch, op
 def test_same_seed_same_choice_to_the_bit(llama, tokens):
     one, two = (choose(llama, tokens, config()).history for _ in range(2))
     assert one == two
+
+
+def test_what_lies_below_the_lowest_gate_is_computed_once(llama, tokens, monkeypatch):
+    calls = []
+    llama.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    settings = config(count=2, protect_first=3, steps_per_round=4)
+    session = Session(micro_batch=4)
+    once = choose_layers(llama, tokens, settings, session=session)
+    with_prefix = len(calls)
+    monkeypatch.setattr(gate_learning.PrefixStates, "build", lambda *_: None)
+    again = choose_layers(llama, tokens, settings, session=Session(micro_batch=4))
+    assert len(calls) - with_prefix > 2 * with_prefix / 3 > 0
+    assert once.layers == again.layers
+    for one, other in zip(once.history, again.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["gradients"] == pytest.approx(other["gradients"], rel=1e-4, abs=1e-7)
