@@ -228,4 +228,5 @@ def test_what_lies_below_the_lowest_gate_is_computed_once(llama, tokens, monkeyp
     assert once.layers == again.layers
     for one, other in zip(once.history, again.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
-        assert one["gradients"] == pytest.approx(other["gradients"], rel=1e-4, abs=1e-7)
+        theirs = [value for value in other["gradients"] if value is not None]
+        assert [v for v in one["gradients"] if v is not None] == pytest.approx(theirs, rel=1e-4, abs=1e-7)
