@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step]; all parts by default.
+# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step] [e2e]; all parts by default.
 #
 # Runs with the interpreter at hand (PYTHON=python3), without network or virtual environment, and builds the extension
 # first. Each part ends within 8 minutes by itself and says what it left out. Results go to $OUT (bench/results).
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(tests kernels sweep kv step)
+ALL=(tests kernels sweep kv step e2e)
 LIMIT=470
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
@@ -67,6 +67,15 @@ part_kv() {
 part_step() {
     timeout $LIMIT "$PYTHON" bench/bench_step.py --device cuda --shapes 1B,7B --pairs 2 --json "$OUT/step_$gpu.json" ||
         { status=$?; [ $status -eq 124 ] && echo "step: stopped after $LIMIT s; the shapes that were done are in the file"; return $status; }
+}
+
+# From a 7B in memory to the checkpoint; all weights in stage 2 need 108 GB, so a smaller GPU trains the neighbours.
+part_e2e() {
+    local few=()
+    "$PYTHON" -P -c 'import sys, torch; sys.exit(torch.cuda.get_device_properties(0).total_memory < 130e9)' ||
+        few=(--set transfer.trainable=neighbours)
+    timeout $LIMIT "$PYTHON" bench/bench_e2e.py --device cuda --shape 7B "${few[@]}" --json "$OUT/e2e_$gpu.json" ||
+        { status=$?; [ $status -eq 124 ] && echo "e2e: stopped after $LIMIT s"; return $status; }
 }
 
 parts=("$@")

@@ -78,6 +78,27 @@ def kv_cache() -> str:
     return "\n".join(lines)
 
 
+def steps() -> str:
+    """Stages of a run beside the plain port of the published recipe."""
+    names = {"select": "stage 1", "transfer": "stage 2", "whole": "both"}
+    lines = [
+        "| machine | model | part | plain port, a step | ours | times as fast | memory above the weights, plain | ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("step_*.json")):
+        content = json.loads(file.read_text())
+        rows = {(row["model"], row["part"], row["arm"]): row for row in content["rows"]}
+        for (model, part, arm), ours in rows.items():
+            plain = rows.get((model, part, "plain"))
+            if arm == "ours" and plain is not None and plain["step_ms"] and ours["step_ms"]:
+                cells = [content["machine"]["device"], model, names[part]]
+                cells += [f"{plain['step_ms']:.0f} ms", f"{ours['step_ms']:.0f} ms"]
+                cells.append(f"{ours['ratio']:.2f}" if ours["ratio"] else "differ")
+                cells += [f"{row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] else "-" for row in (plain, ours)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
     """One table per machine that has results, GPUs first."""
     files = [file for file in sorted(RESULTS.glob("kernels_*.json")) if "fresh_memory" not in file.name]
@@ -127,7 +148,7 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 
 
-SECTIONS = {"performance": tables, "surgery": surgery, "kv cache": kv_cache}
+SECTIONS = {"performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps}
 
 if __name__ == "__main__":
     main()

@@ -207,6 +207,17 @@ def test_the_cache_bench_checks_and_measures(tmp_path):
     assert all(rows[16, step]["gb_per_s"] > 0 for step in ("compact", "regrid", "rebuild", "copy"))
 
 
+def test_the_whole_run_is_measured(tmp_path):
+    file = tmp_path / "e2e.json"
+    done = run("bench_e2e.py", "--device", "cpu", "--shape", "tiny", "--samples", 8, "--seq", 32, "--json", file)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert content["proven"]
+    assert len(content["removed_layers"]) == 1
+    assert content["weight_bytes"] > content["checkpoint_bytes"] > 0
+    assert content["seconds"] > sum(content["parts"].values()) > 0
+
+
 @pytest.mark.slow
 def test_the_surgery_bench_checks_and_measures(tmp_path):
     file = tmp_path / "surgery.json"
