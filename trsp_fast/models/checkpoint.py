@@ -13,8 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.checkpoint_files import INDEX, folder_of
-from trsp_fast.models.families import check_causal, check_remote_code, layer_count, layer_stack, text_fields
+from trsp_fast.models.checkpoint_files import INDEX, folder_of, loaded_files
+from trsp_fast.models.families import (
+    check_causal,
+    check_remote_code,
+    check_weights_name,
+    layer_count,
+    layer_stack,
+    text_fields,
+)
 from trsp_fast.models.tensor_names import cut_names, dropped_predictors
 
 ALIGNMENT = 4096  # bytes; weights are mapped from the file, and CPU code paths depend on their alignment
@@ -67,6 +74,7 @@ def load_config(name: str, *, revision: str | None = None, remote_code: bool = F
     options: dict[str, Any] = {"revision": revision} | ({"local_files_only": True} if local else {})
     with _sentence_of(name):
         fields, _ = PreTrainedConfig.get_config_dict(name, **options)
+        check_weights_name(fields, name)
         check_remote_code(fields, name, allowed=remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=remote_code, **options)
     check_causal(config)
@@ -81,7 +89,7 @@ def predictors_not_loaded(name: str, revision: str | None = None) -> str | None:
 
     names: list[str] = []
     if os.path.isdir(name):
-        for path in sorted(Path(name).glob("*.safetensors")):
+        for path in loaded_files(name):
             with safe_open(path, "pt") as file:
                 names += file.keys()
     elif isinstance(index := try_to_load_from_cache(name, INDEX, revision=revision), str):
@@ -134,7 +142,7 @@ def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
     from safetensors import safe_open
 
     parameters = dict(model.named_parameters())
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in loaded_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 parameter = parameters.get(name)

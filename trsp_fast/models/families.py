@@ -193,6 +193,19 @@ def check_causal_fields(config: dict[str, Any]) -> None:
         raise UserError(f"{name} has quantised weights; prune the unquantised model and quantise the result.")
 
 
+def check_weights_name(config: dict[str, Any], name: str) -> None:
+    """Refuse a config.json's dict that sends transformers to other weights than those that are looked for.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if (file := config.get("transformers_weights")) is not None:
+        raise UserError(
+            f"model {name!r} names its weights {file!r} itself (transformers_weights in config.json); give them the "
+            "usual name and take that field out."
+        )
+
+
 def check_remote_code(config: dict[str, Any], name: str, *, allowed: bool) -> None:
     """Refuse a checkpoint whose config.json's dict names code of its own, unless running that is allowed.
 
