@@ -347,7 +347,10 @@ FOLDERS = {
     "link outside": (lambda f: link(f, "tokenizer.json", "/etc/passwd"), "tokenizer.json.*outside the checkpoint"),
     "weights outside": (lambda f: link(f, "model.safetensors", "/dev/zero"), "model.safetensors.*outside"),
     "index and single": (
-        lambda f: (shutil.copy(f / "model.safetensors", f / "b.safetensors"), index_of(f, {"model.embed_tokens.weight": "b.safetensors"})),
+        lambda f: (
+            shutil.copy(f / "model.safetensors", f / "b.safetensors"),
+            index_of(f, {"model.embed_tokens.weight": "b.safetensors"}),
+        ),
         "holds both model.safetensors, which transformers loads, and",
     ),
     "two copies": (

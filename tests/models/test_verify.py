@@ -8,9 +8,11 @@ import torch
 from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
+from zoo import build
 
 from trsp_fast.errors import CheckFailed
 from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, same_bytes, verify_checkpoint, verify_checkpoints, verify_removal
 
 
@@ -168,3 +170,37 @@ def test_same_bytes_compares_bits():
     assert not same_bytes(nan, torch.tensor([float("nan"), -0.0]))
     assert not same_bytes(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
     assert not same_bytes(torch.zeros(2), torch.zeros(3))
+
+
+def test_trained_tensors_that_hold_a_piece_of_every_layer_are_proven(tmp_path):
+    model = build("gemma4")
+    model.save_pretrained(tmp_path / "source")
+    small = remove_layers(model, [1, 2])
+    for parameter in small.parameters():
+        parameter.data.mul_(1.03)
+    small.save_pretrained(tmp_path / "pruned")
+    require(verify_checkpoints(tmp_path / "source", tmp_path / "pruned", [1, 2], trained=True))
+
+
+PROOFS = [verify_checkpoints, verify_streamed]
+
+
+@pytest.mark.parametrize("prove", PROOFS)
+def test_a_narrower_dtype_in_the_configuration_fails(prove, llama, tmp_path):
+    """The bytes are right, and transformers rounds them when it loads the checkpoint."""
+    llama.bfloat16().save_pretrained(tmp_path / "source")
+    remove_layers(llama, [2]).save_pretrained(tmp_path / "pruned")
+    require(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False))
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    found = failed(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False))
+    assert found == {"dtype that weights are loaded in"}
+
+
+@pytest.mark.parametrize("prove", PROOFS)
+def test_another_architecture_fails(prove, llama, tmp_path):
+    llama.save_pretrained(tmp_path / "source")
+    remove_layers(llama, [2]).save_pretrained(tmp_path / "pruned")
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"]}))
+    assert failed(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False)) == {"configuration"}

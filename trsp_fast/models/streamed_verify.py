@@ -26,6 +26,7 @@ from trsp_fast.models.verify import (
     Check,
     allowed_error,
     check_shape,
+    dtype_check,
     generate,
     generation_check,
     logits_check,
@@ -63,6 +64,7 @@ def verify_streamed(
     gone = checked_layers(removed, count)
     kept = [layer for layer in range(count) if layer not in gone]
     with open_tensors(source) as old, open_tensors(pruned) as new, torch.no_grad():
+        stated = dtype_check(*(_loaded_dtype(config, files) for config, files in zip(configs, (old, new), strict=True)))
         names = cut_names(old, fields, kept)
         after = StreamedModel(configs[1], new, names.path, remote_code=remote_code)
         before = StreamedModel(configs[0], old, names.path, remote_code=remote_code)
@@ -75,10 +77,17 @@ def verify_streamed(
             *proof.tensors(trained, before),
         ]
         if odd or not checks[1].passed:  # another model; a changed byte goes on, as its logits may tell more
-            return checks + check_shape(before.model, after.model, gone)
+            return [*checks, stated, *check_shape(before.model, after.model, gone)]
         if trained:
             before = StreamedModel(configs[0], proof.trained_weights(), names.path, remote_code=remote_code)
-        return checks + _check_logits(before, after, gone)
+        return [*checks, stated, *_check_logits(before, after, gone)]
+
+
+def _loaded_dtype(config: Any, tensors: dict[str, StoredTensor]) -> Any:
+    """The dtype that transformers loads a checkpoint in: the one stated, else that of the first weight."""
+    if config.dtype is not None:
+        return config.dtype
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
 
 
 class _Proof:

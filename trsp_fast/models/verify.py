@@ -105,17 +105,31 @@ def verify_checkpoints(
     restore_own_dtypes(before, source)
     expected = remove_layers(before, removed)
     checks, after = verify_checkpoint(expected, pruned)
+    checks.append(dtype_check(before.config.dtype, after.config.dtype))
     shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
     if shapes[0] != shapes[1]:
         odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
         return [*checks, Check("names and shapes of all tensors", False, f"{len(odd)} differ, {odd[0]} first")]
-    if trained and not checks[-1].passed:
-        checks[-1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[-1].detail}")
+    if trained and not checks[1].passed:
+        checks[1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[1].detail}")
         checks += [_check_descent(before, after, removed), _check_nearness(expected, after)]
         expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
+        _put_pieces_back(before, after, removed)
     for model in (before, expected, after):
         cast_parameters(model, torch.float32)  # mixed dtypes do not run; every stored dtype fits into fp32
     return checks + verify_removal(before, after, removed)
+
+
+def _put_pieces_back(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> None:
+    """Give `before` the trained pieces of tensors that hold one per layer, which a cut copies and does not share."""
+    count, theirs = len(layer_stack(before)), dict(after.named_parameters())
+    kept = torch.tensor([index for index in range(count) if index not in removed])
+    with torch.no_grad():
+        for end, dimension in sliced_tensors(before.config.to_dict()):
+            for name, tensor in before.named_parameters():
+                if name.endswith(end):
+                    pieces = theirs[name].unflatten(dimension, (len(kept), -1)).to(tensor.dtype)
+                    tensor.unflatten(dimension, (count, -1)).index_copy_(dimension, kept, pieces)
 
 
 def require(checks: Iterable[Check]) -> None:
@@ -196,6 +210,12 @@ def generation_check(worst: float, bound: float, length: int) -> Check:
     return Check(GENERATION, worst <= bound, detail)
 
 
+def dtype_check(before: Any, after: Any) -> Check:
+    """What config.json states is what transformers casts every weight to when it loads a checkpoint."""
+    wrong = "" if before == after else f", not {before}"
+    return Check("dtype that weights are loaded in", before == after, f"{after}{wrong}".replace("torch.", ""))
+
+
 def logits_check(logits: Tensor, expected: Tensor) -> Check:
     """Exactly equal, not a bit of a logit off."""
     difference = float((logits.double() - expected.double()).abs().max())
@@ -263,6 +283,9 @@ def _check_config(before: PreTrainedModel, after: PreTrainedModel, removed: list
     wrong = [
         f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in sorted(keys) if found.get(key) != wanted.get(key)
     ]
+    named = [model.config.architectures for model in (after, before)]  # other engines go by it
+    if all(named) and named[0] != named[1]:
+        wrong.append(f"architectures is {named[0]}, not {named[1]}")
     try:
         layer_stack(after)
         type(after.config).from_dict(found)
