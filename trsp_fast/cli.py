@@ -226,7 +226,7 @@ def remove(
         f"{done.copied:,} copied in {done.seconds:.2f} s ({rate:,.0f} MB/s)"
     )
     if done.left_out:
-        text += f"\nleft out, other forms of the weights or hidden: {', '.join(done.left_out)}"
+        text += f"\nleft out, other forms of the weights, reports or hidden: {', '.join(done.left_out)}"
     if done.predicting:
         text += f"\n{dropped_predictors(len(done.predicting))}"
     answer = dataclasses.asdict(done) | {"out": str(out), "removed_layers": done.removed}
@@ -293,7 +293,7 @@ def verify(
     layers, folder = _layer_list(removed), _on_disk(checkpoint, revision)
     if trained is None:
         report = Path(pruned) / "report.json"
-        trained = bool(read_json(report).get("trained")) if report.exists() else False
+        trained = read_json(report).get("trained") is True if report.exists() else False
     if streaming is None and (streaming := needs_streaming(folder, pruned)):
         _say("note: the two models may not fit into memory, so they are read layer by layer.", as_json)
     if not streaming:

@@ -44,7 +44,7 @@ def load_model(
 
     config = load_config(name, revision=revision, remote_code=remote_code)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code, "output_loading_info": True}
-    with _sentence_of(name):
+    with sentence_of(name):
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **options)
     if missing := sorted(map(str, info.get("missing_keys") or [])):
         raise UserError(
@@ -72,12 +72,12 @@ def load_config(name: str, *, revision: str | None = None, remote_code: bool = F
     if local and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
     options: dict[str, Any] = {"revision": revision} | ({"local_files_only": True} if local else {})
-    with _sentence_of(name):
+    with sentence_of(name):
         fields, _ = PreTrainedConfig.get_config_dict(name, **options)
         check_weights_name(fields, name)
         check_remote_code(fields, name, allowed=remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=remote_code, **options)
-    check_causal(config)
+        check_causal(config)
     return config
 
 
@@ -104,7 +104,7 @@ def predictors_not_loaded(name: str, revision: str | None = None) -> str | None:
 
 
 @contextlib.contextmanager
-def _sentence_of(name: str) -> Iterator[None]:
+def sentence_of(name: str) -> Iterator[None]:
     """transformers, safetensors and the hub raise dozens of kinds for a bad checkpoint: all as one sentence."""
     try:
         yield

@@ -98,8 +98,8 @@ def weight_files(folder: Path) -> Iterator[list[WeightFile]]:
         _check_names(files, weight_map)
         if (folder / SINGLE).exists() and names != [SINGLE]:
             raise UserError(
-                f"checkpoint {str(folder)!r} holds both {SINGLE}, which transformers loads, and {INDEX} of other files, "
-                "which others load; take away the one that is not meant."
+                f"checkpoint {str(folder)!r} holds both {SINGLE}, which transformers loads, and an {INDEX} of other "
+                "files; take away the one that is not meant."
             )
         yield files
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.checkpoint import checkpoint_bytes, load_config
+from trsp_fast.models.checkpoint import checkpoint_bytes, load_config, sentence_of
 from trsp_fast.models.families import layer_count, sliced_tensors, text_fields
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
@@ -66,8 +66,10 @@ def verify_streamed(
     with open_tensors(source) as old, open_tensors(pruned) as new, torch.no_grad():
         stated = dtype_check(*(_loaded_dtype(config, files) for config, files in zip(configs, (old, new), strict=True)))
         names = cut_names(old, fields, kept)
-        after = StreamedModel(configs[1], new, names.path, remote_code=remote_code)
-        before = StreamedModel(configs[0], old, names.path, remote_code=remote_code)
+        with sentence_of(str(pruned)):
+            after = StreamedModel(configs[1], new, names.path, remote_code=remote_code)
+        with sentence_of(str(source)):
+            before = StreamedModel(configs[0], old, names.path, remote_code=remote_code)
         if missing := before.problems.get("missing_keys"):
             raise UserError(f"model {str(source)!r} lacks {missing[0]}, which would be random; give all of it.")
         proof = _Proof(old, new, names, fields, kept, count)
