@@ -51,7 +51,7 @@ def test_other_files_of_the_folder_are_not_the_models(llama, tmp_path):
     """A variant in a wider dtype beside the weights that transformers loads."""
     llama.half().save_pretrained(tmp_path)
     other = {name: torch.full_like(tensor, 7).float() for name, tensor in llama.state_dict().items()}
-    save_file(other, tmp_path / "model.fp32.safetensors")
+    save_file(other, tmp_path / "other.safetensors")
     loaded = load_model(str(tmp_path), device="cpu")
     assert all(torch.equal(tensor, llama.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
