@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -204,3 +205,22 @@ def test_another_architecture_fails(prove, llama, tmp_path):
     path = tmp_path / "pruned" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"]}))
     assert failed(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False)) == {"configuration"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_lost_bits_fail_where_the_configuration_states_a_narrower_dtype(family, tmp_path):
+    """The model's names are not the files': GPT-2's without its prefix, Mixtral's experts one by one."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "source")
+    remove_layers(model, [2]).save_pretrained(tmp_path / "pruned")
+    for folder, lossy in ((tmp_path / "source", False), (tmp_path / "pruned", True)):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+        tensors = load_file(folder / "model.safetensors")
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            rounded = lossy and (family == "gpt2" or ".experts." in name)
+            tensors[name.removeprefix("transformer.")] = tensor.bfloat16().float() if rounded else tensor
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    checks = verify_checkpoints(tmp_path / "source", tmp_path / "pruned", [2], trained=False)
+    assert "reload: every tensor byte-equal" in failed(checks)

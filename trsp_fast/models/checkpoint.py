@@ -142,6 +142,8 @@ def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
     from safetensors import safe_open
 
     parameters = dict(model.named_parameters())
+    inside = f"{model.base_model_prefix}."  # old files name the tensors of the model without its head
+    parameters |= {name.removeprefix(inside): p for name, p in parameters.items() if name.startswith(inside)}
     for path in loaded_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -151,6 +153,20 @@ def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def exact_dtype(folder: str | Path, stated: torch.dtype | None) -> torch.dtype | str:
+    """The dtype to load a checkpoint in without rounding any weight: "auto" if all have the one that is stated."""
+    from safetensors import safe_open
+
+    found = set()
+    for path in loaded_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    dtypes = {_DTYPES[name] for name in found if name in _DTYPES}
+    if stated is None or dtypes <= {stated}:
+        return "auto"
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def resolve_device(device: str) -> torch.device:

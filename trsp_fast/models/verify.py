@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.engine.precision import cast_parameters
 from trsp_fast.errors import CheckFailed
-from trsp_fast.models.checkpoint import restore_own_dtypes
+from trsp_fast.models.checkpoint import exact_dtype, load_config, restore_own_dtypes
 from trsp_fast.models.families import layer_count, layer_stack, slice_config, sliced_tensors
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
@@ -58,7 +58,9 @@ def check_shape(before: PreTrainedModel, after: PreTrainedModel, removed: list[i
     ]
 
 
-def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[Check], PreTrainedModel]:
+def verify_checkpoint(
+    model: PreTrainedModel, folder: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[list[Check], PreTrainedModel]:
     """Reload `folder` with plain transformers: no key missing, unexpected or mismatched, every tensor byte-equal.
 
     Returns:
@@ -67,7 +69,7 @@ def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[
     from transformers import AutoModelForCausalLM
 
     # The class's own code runs in this process already, so its user has allowed it.
-    options = {"dtype": "auto", "trust_remote_code": type(model).__module__.partition(".")[0] != "transformers"}
+    options = {"dtype": dtype, "trust_remote_code": type(model).__module__.partition(".")[0] != "transformers"}
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     restore_own_dtypes(reloaded, folder)
     odd = {kind: sorted(map(str, info.get(kind) or [])) for kind in _KEY_PROBLEMS}
@@ -101,11 +103,13 @@ def verify_checkpoints(
     from transformers import AutoModelForCausalLM
 
     removed = list(removed)
-    before = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=remote_code)
+    stated = [load_config(str(folder), remote_code=remote_code).dtype for folder in (source, pruned)]
+    exact = [exact_dtype(folder, dtype) for folder, dtype in zip((source, pruned), stated, strict=True)]
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=exact[0], trust_remote_code=remote_code)
     restore_own_dtypes(before, source)
     expected = remove_layers(before, removed)
-    checks, after = verify_checkpoint(expected, pruned)
-    checks.append(dtype_check(before.config.dtype, after.config.dtype))
+    checks, after = verify_checkpoint(expected, pruned, exact[1])
+    checks.append(dtype_check(stated[0] or before.config.dtype, stated[1] or after.config.dtype))
     shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
     if shapes[0] != shapes[1]:
         odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
