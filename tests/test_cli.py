@@ -570,3 +570,17 @@ def test_per_layer_embeddings_are_cut_in_memory(run, tmp_path):
     assert "loaded and cut in memory" in error
     assert "proven" in out
     assert run("verify", tmp_path / "src", tmp_path / "out", "--removed", "1,6")[0] == 0
+
+
+def test_a_model_of_two_dtypes_is_cut_in_memory(run, tmp_path):
+    """As it is stored, it does not run: the proof casts it, the result keeps its dtypes."""
+    build("gemma4").bfloat16().save_pretrained(tmp_path / "src")
+    path = tmp_path / "src" / "model.safetensors"
+    tensors = load_file(path)
+    wide = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {wide: tensors[wide].float()}, path, {"format": "pt"})
+    code, out, error = run("remove", tmp_path / "src", "--layers", "1", "--out", tmp_path / "out")
+    assert code == 0, error
+    assert "proven" in out
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name, tensor in kept.items() if tensor.dtype == torch.float32} == {wide}

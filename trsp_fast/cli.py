@@ -283,7 +283,7 @@ def remove(
         f"{done.copied:,} copied in {done.seconds:.2f} s ({rate:,.0f} MB/s)"
     )
     if done.left_out:
-        text += f"\nleft out, other forms of the weights or hidden: {', '.join(done.left_out)}"
+        text += f"\nleft out, other forms of the weights, reports or hidden: {', '.join(done.left_out)}"
     if done.predicting:
         text += f"\n{dropped_predictors(len(done.predicting))}"
     answer = dataclasses.asdict(done) | {"out": str(out), "removed_layers": done.removed}
@@ -292,6 +292,9 @@ def remove(
 
 def _remove_in_memory(folder: str, removed: list[int], out: Path, remote_code: bool, as_json: bool) -> None:
     """The way of models that the files alone do not describe: load, rebuild, prove, save."""
+    import torch
+
+    from trsp_fast.engine.precision import cast_parameters
     from trsp_fast.models.checkpoint import (
         checkpoint_bytes,
         load_model,
@@ -314,9 +317,12 @@ def _remove_in_memory(folder: str, removed: list[int], out: Path, remote_code: b
             tokenizer = None
             _say(f"note: {error}", as_json)
         small = remove_layers(model, removed)
-        checks = verify_removal(model, small, removed)
         save_checkpoint(small, stage, tokenizer)
-        checks += verify_checkpoint(small, stage)[0]
+        checks = verify_checkpoint(small, stage)[0]
+        if len({parameter.dtype for parameter in model.parameters()}) > 1:  # mixed ones do not run
+            for each in (model, small):
+                cast_parameters(each, torch.float32)
+        checks += verify_removal(model, small, removed)
         require(checks)
         size = checkpoint_bytes(stage)
     answer = {"out": str(out), "removed_layers": sorted(removed), "bytes": size, "checks": _plain(checks)}
@@ -350,7 +356,7 @@ def verify(
     layers, folder = _layer_list(removed), _on_disk(checkpoint, revision)
     if trained is None:
         report = Path(pruned) / "report.json"
-        trained = bool(read_json(report).get("trained")) if report.exists() else False
+        trained = read_json(report).get("trained") is True if report.exists() else False
     if streaming is None and (streaming := needs_streaming(folder, pruned)):
         _say("note: the two models may not fit into memory, so they are read layer by layer.", as_json)
     if not streaming:

@@ -1,3 +1,4 @@
+import json
 import struct
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from trsp_fast.errors import UserError
 from trsp_fast.models.checkpoint import align_header, load_model, save_checkpoint
+from trsp_fast.models.checkpoint_files import read_config
 
 
 def data_start(path):
@@ -43,3 +45,21 @@ def test_missing_weights_are_refused(llama, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 of its weights \(model.layers.3.mlp.up_proj.weight"):
         load_model(str(tmp_path))
+
+
+def test_other_files_of_the_folder_are_not_the_models(llama, tmp_path):
+    """A variant in a wider dtype beside the weights that transformers loads."""
+    llama.half().save_pretrained(tmp_path)
+    other = {name: torch.full_like(tensor, 7).float() for name, tensor in llama.state_dict().items()}
+    save_file(other, tmp_path / "other.safetensors")
+    loaded = load_model(str(tmp_path), device="cpu")
+    assert all(torch.equal(tensor, llama.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("read", [read_config, load_model])
+def test_weights_of_another_name_are_refused(read, llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "z.safetensors"}))
+    with pytest.raises(UserError, match=r"names its weights 'z\.safetensors' itself"):
+        read(str(tmp_path))

@@ -346,6 +346,13 @@ FOLDERS = {
     "index broken": (lambda f: index_of(f, "{"), "is not valid JSON"),
     "link outside": (lambda f: link(f, "tokenizer.json", "/etc/passwd"), "tokenizer.json.*outside the checkpoint"),
     "weights outside": (lambda f: link(f, "model.safetensors", "/dev/zero"), "model.safetensors.*outside"),
+    "index and single": (
+        lambda f: (
+            shutil.copy(f / "model.safetensors", f / "b.safetensors"),
+            index_of(f, {"model.embed_tokens.weight": "b.safetensors"}),
+        ),
+        "holds both model.safetensors, which transformers loads, and an",
+    ),
     "two copies": (
         lambda f: (
             shutil.copy(f / "model.safetensors", f / "b.safetensors"),
@@ -370,6 +377,14 @@ CONFIGS = {
     "layers without end": ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
     "other count": ({"num_hidden_layers": 4}, "0 groups of tensors for 4 layers"),
     "fewer layers": ({"num_hidden_layers": 2}, "layer model.layers.2, but the configuration names 2"),
+    "dense by a word": ({"first_k_dense_replace": "3"}, "first_k_dense_replace = '3', which cannot be followed"),
+    "step by a word": ({"decoder_sparse_step": "x"}, "decoder_sparse_step = 'x'"),
+    "no list": ({"attn_layer_indices": 5}, "attn_layer_indices = 5"),
+    "no offset": ({"model_type": "jamba", "attn_layer_period": 2}, "attn_layer_period = 2.*attn_layer_offset"),
+    "sharing without types": ({"model_type": "gemma3n_text", "num_kv_shared_layers": 1}, "KeyError.*layer_types"),
+    "other weights": ({"transformers_weights": "z.safetensors"}, "names its weights 'z.safetensors' itself"),
+    "kernel": ({"attn_implementation": "some/kernel"}, "names code of the hub .attn_implementation = 'some/kernel'"),
+    "kernel inside": ({"attn_implementation": {"": "some/kernel"}}, "names code of the hub"),
     "no count": ({"num_hidden_layers": None}, "number of layers cannot be told"),
 }
 
@@ -535,3 +550,27 @@ def test_weights_stay_where_memory_maps_like_them(tmp_path):
         assert (8 + struct.unpack("<Q", file.read(8))[0]) % 4096 == 0
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(small(input_ids=torch.arange(5)[None]).logits).all()
+
+
+@pytest.mark.parametrize("first", ["n_layer", "num_hidden_layers"])
+def test_both_names_of_the_count_are_written(first, tmp_path):
+    counts = dict.fromkeys([first, "n_layer", "num_hidden_layers"], 3)
+    remove_layers_on_disk(checkpoint(tmp_path / "src", **counts), [1], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in counts} == dict.fromkeys(counts, 2)
+
+
+def test_lists_that_are_of_no_layers_stay(tmp_path):
+    lists = {"ssm_multipliers": [1, 2, 3], "mlp_multipliers": [4, 5, 6], "time_step_limit": [0, 1, 2]}
+    remove_layers_on_disk(checkpoint(tmp_path / "src", **lists), [1], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in lists} == lists
+
+
+def test_a_report_on_the_source_stays_behind(tmp_path):
+    """It says that weights were trained, and `verify` would ask it."""
+    src = checkpoint(tmp_path / "src")
+    (src / "report.json").write_text('{"trained": true}')
+    done = remove_layers_on_disk(src, [1], tmp_path / "out")
+    assert done.left_out == ["report.json"]
+    assert not (tmp_path / "out" / "report.json").exists()

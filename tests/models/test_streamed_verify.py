@@ -193,6 +193,15 @@ def test_an_incomplete_source_is_one_sentence(pair):
         verify_streamed(source, pruned, [1, 4], trained=False)
 
 
+@pytest.mark.parametrize("field", [{"vocab_size": 0}, {"text_config": []}], ids=str)
+def test_a_configuration_that_makes_no_model_is_one_sentence(field, pair):
+    source, pruned = pair
+    path = pruned / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        verify_streamed(source, pruned, [1, 4], trained=False)
+
+
 @pytest.mark.parametrize("field", ["layer_types", "max_position_embeddings"])
 def test_a_stale_configuration_fails(field, tmp_path):
     """layer_types of the layers before the cut instead of those that stay: as many, and of other layers."""

@@ -5,12 +5,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
+from zoo import build
 
 from trsp_fast.errors import CheckFailed
 from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, same_bytes, verify_checkpoint, verify_checkpoints, verify_removal
 
 
@@ -168,3 +171,56 @@ def test_same_bytes_compares_bits():
     assert not same_bytes(nan, torch.tensor([float("nan"), -0.0]))
     assert not same_bytes(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
     assert not same_bytes(torch.zeros(2), torch.zeros(3))
+
+
+def test_trained_tensors_that_hold_a_piece_of_every_layer_are_proven(tmp_path):
+    model = build("gemma4")
+    model.save_pretrained(tmp_path / "source")
+    small = remove_layers(model, [1, 2])
+    for parameter in small.parameters():
+        parameter.data.mul_(1.03)
+    small.save_pretrained(tmp_path / "pruned")
+    require(verify_checkpoints(tmp_path / "source", tmp_path / "pruned", [1, 2], trained=True))
+
+
+PROOFS = [verify_checkpoints, verify_streamed]
+
+
+@pytest.mark.parametrize("prove", PROOFS)
+def test_a_narrower_dtype_in_the_configuration_fails(prove, llama, tmp_path):
+    """The bytes are right, and transformers rounds them when it loads the checkpoint."""
+    llama.bfloat16().save_pretrained(tmp_path / "source")
+    remove_layers(llama, [2]).save_pretrained(tmp_path / "pruned")
+    require(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False))
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    found = failed(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False))
+    assert found == {"dtype that weights are loaded in"}
+
+
+@pytest.mark.parametrize("prove", PROOFS)
+def test_another_architecture_fails(prove, llama, tmp_path):
+    llama.save_pretrained(tmp_path / "source")
+    remove_layers(llama, [2]).save_pretrained(tmp_path / "pruned")
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"]}))
+    assert failed(prove(tmp_path / "source", tmp_path / "pruned", [2], trained=False)) == {"configuration"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_lost_bits_fail_where_the_configuration_states_a_narrower_dtype(family, tmp_path):
+    """The model's names are not the files': GPT-2's without its prefix, Mixtral's experts one by one."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "source")
+    remove_layers(model, [2]).save_pretrained(tmp_path / "pruned")
+    for folder, lossy in ((tmp_path / "source", False), (tmp_path / "pruned", True)):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+        tensors = load_file(folder / "model.safetensors")
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            rounded = lossy and (family == "gpt2" or ".experts." in name)
+            tensors[name.removeprefix("transformer.")] = tensor.bfloat16().float() if rounded else tensor
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    checks = verify_checkpoints(tmp_path / "source", tmp_path / "pruned", [2], trained=False)
+    assert "reload: every tensor byte-equal" in failed(checks)

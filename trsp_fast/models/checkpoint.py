@@ -13,8 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.checkpoint_files import INDEX, folder_of
-from trsp_fast.models.families import check_causal, check_remote_code, layer_count, layer_stack, text_fields
+from trsp_fast.models.checkpoint_files import INDEX, folder_of, loaded_files
+from trsp_fast.models.families import (
+    check_causal,
+    check_remote_code,
+    check_weights_name,
+    layer_count,
+    layer_stack,
+    text_fields,
+)
 from trsp_fast.models.tensor_names import cut_names, dropped_predictors
 
 ALIGNMENT = 4096  # bytes; weights are mapped from the file, and CPU code paths depend on their alignment
@@ -37,7 +44,7 @@ def load_model(
 
     config = load_config(name, revision=revision, remote_code=remote_code)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code, "output_loading_info": True}
-    with _sentence_of(name):
+    with sentence_of(name):
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **options)
     if missing := sorted(map(str, info.get("missing_keys") or [])):
         raise UserError(
@@ -65,11 +72,12 @@ def load_config(name: str, *, revision: str | None = None, remote_code: bool = F
     if local and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"model folder {name!r} has no config.json; give a folder saved by save_pretrained.")
     options: dict[str, Any] = {"revision": revision} | ({"local_files_only": True} if local else {})
-    with _sentence_of(name):
+    with sentence_of(name):
         fields, _ = PreTrainedConfig.get_config_dict(name, **options)
+        check_weights_name(fields, name)
         check_remote_code(fields, name, allowed=remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=remote_code, **options)
-    check_causal(config)
+        check_causal(config)
     return config
 
 
@@ -81,7 +89,7 @@ def predictors_not_loaded(name: str, revision: str | None = None) -> str | None:
 
     names: list[str] = []
     if os.path.isdir(name):
-        for path in sorted(Path(name).glob("*.safetensors")):
+        for path in loaded_files(name):
             with safe_open(path, "pt") as file:
                 names += file.keys()
     elif isinstance(index := try_to_load_from_cache(name, INDEX, revision=revision), str):
@@ -96,7 +104,7 @@ def predictors_not_loaded(name: str, revision: str | None = None) -> str | None:
 
 
 @contextlib.contextmanager
-def _sentence_of(name: str) -> Iterator[None]:
+def sentence_of(name: str) -> Iterator[None]:
     """transformers, safetensors and the hub raise dozens of kinds for a bad checkpoint: all as one sentence."""
     try:
         yield
@@ -134,7 +142,9 @@ def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
     from safetensors import safe_open
 
     parameters = dict(model.named_parameters())
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    inside = f"{model.base_model_prefix}."  # old files name the tensors of the model without its head
+    parameters |= {name.removeprefix(inside): p for name, p in parameters.items() if name.startswith(inside)}
+    for path in loaded_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 parameter = parameters.get(name)
@@ -143,6 +153,20 @@ def restore_own_dtypes(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def exact_dtype(folder: str | Path, stated: torch.dtype | None) -> torch.dtype | str:
+    """The dtype to load a checkpoint in without rounding any weight: "auto" if all have the one that is stated."""
+    from safetensors import safe_open
+
+    found = set()
+    for path in loaded_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    dtypes = {_DTYPES[name] for name in found if name in _DTYPES}
+    if stated is None or dtypes <= {stated}:
+        return "auto"
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def resolve_device(device: str) -> torch.device:

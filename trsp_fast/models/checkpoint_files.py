@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import check_causal_fields, check_remote_code
+from trsp_fast.models.families import check_causal_fields, check_remote_code, check_weights_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,6 +60,7 @@ def read_config(src: str | Path, *, remote_code: bool = False) -> dict[str, Any]
         UserError: it is missing, broken, of another kind of model, or names code of its own without `remote_code`.
     """
     config = _read_json(folder_of(src), "config.json")
+    check_weights_name(config, str(src))
     check_remote_code(config, str(src), allowed=remote_code)
     check_causal_fields(config)
     return config
@@ -95,7 +96,22 @@ def weight_files(folder: Path) -> Iterator[list[WeightFile]]:
         names, weight_map = _weight_names(folder)
         files = [_open_weights(folder, name, stack) for name in names]
         _check_names(files, weight_map)
+        if (folder / SINGLE).exists() and names != [SINGLE]:
+            raise UserError(
+                f"checkpoint {str(folder)!r} holds both {SINGLE}, which transformers loads, and an {INDEX} of other "
+                "files; take away the one that is not meant."
+            )
         yield files
+
+
+def loaded_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that transformers loads from a folder, and not what else lies there; none of no folder."""
+    home = Path(folder)
+    if (home / SINGLE).exists():
+        return [home / SINGLE]
+    weight_map = _read_json(home, INDEX).get("weight_map") if (home / INDEX).exists() else None
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return sorted({home / os.path.basename(str(name)) for name in names})
 
 
 def _weight_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:

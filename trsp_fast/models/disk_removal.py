@@ -32,6 +32,7 @@ from trsp_fast.run.output import staged_output, write_json
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".index.json",
 )  # fmt: skip
+REPORTS = ("report.json", "report.html")  # of prune: on how the source came to be, which is not how the result did
 OPEN_FILES = 64  # of the result at a time
 THREADS = 4  # enough to keep a fast disk busy; more only add seeks on a slow one
 
@@ -203,7 +204,7 @@ def _write_index(
 
 
 def _bring_along(folder: Path, stage: Path, weights: set[str]) -> list[str]:
-    """Copy everything but the weights; names what is left behind: other forms of the weights, hidden folders."""
+    """Copy everything but the weights; names what is left behind: other weights, reports, hidden folders."""
     left_out = []
     for directory, folders, names in os.walk(folder):
         inside = Path(directory).relative_to(folder)
@@ -214,7 +215,7 @@ def _bring_along(folder: Path, stage: Path, weights: set[str]) -> list[str]:
             relative = str(inside / name)
             if relative in weights or relative in ("config.json", INDEX):
                 continue
-            if name.endswith(WEIGHT_SUFFIXES):
+            if name.endswith(WEIGHT_SUFFIXES) or relative in REPORTS:
                 left_out.append(relative)
                 continue
             (stage / inside).mkdir(parents=True, exist_ok=True)

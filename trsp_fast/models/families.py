@@ -22,8 +22,11 @@ MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 
 # Lists that may have one entry per layer by accident only.
 NOT_PER_LAYER = frozenset(
-    {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "bad_words_ids", "suppress_tokens", "id2label"}
-)
+    {
+        "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "bad_words_ids", "suppress_tokens", "id2label",
+        "mlp_multipliers", "ssm_multipliers", "time_step_limit",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,19 @@ def check_causal_fields(config: dict[str, Any]) -> None:
         raise UserError(f"{name} has quantised weights; prune the unquantised model and quantise the result.")
 
 
+def check_weights_name(config: dict[str, Any], name: str) -> None:
+    """Refuse a config.json's dict that sends transformers to other weights than those that are looked for.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if (file := config.get("transformers_weights")) is not None:
+        raise UserError(
+            f"model {name!r} names its weights {file!r} itself (transformers_weights in config.json); give them the "
+            "usual name and take that field out."
+        )
+
+
 def check_remote_code(config: dict[str, Any], name: str, *, allowed: bool) -> None:
     """Refuse a checkpoint whose config.json's dict names code of its own, unless running that is allowed.
 
@@ -204,7 +220,19 @@ def check_remote_code(config: dict[str, Any], name: str, *, allowed: bool) -> No
             f"model {name!r} brings its own code (auto_map in config.json), which would be run; allow that with "
             "--allow-remote-code, or take auto_map out of its config.json to use the class of transformers."
         )
+    for fields in (config, text_fields(config)):
+        for key in _KERNELS:
+            chosen = fields.get(key)
+            found = [value for value in (chosen.values() if isinstance(chosen, dict) else [chosen]) if value]
+            if not allowed and any("/" in str(value) for value in found):
+                raise UserError(
+                    f"model {name!r} names code of the hub ({key} = {chosen!r:.80} in config.json), which would be "
+                    f"run; allow that with --allow-remote-code, or take {key} out of its config.json."
+                )
 
+
+# Fields under which transformers takes a repository of the hub for an implementation and runs its code.
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 # How transformers ends the names of classes that predict the next token.
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -293,14 +321,20 @@ def slice_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": slice_config(config["text_config"], kept)}
     name, count = layer_count(config)
-    sliced = dict(config)
-    sliced[name] = len(kept)
+    # Some files keep the count under two names, and the one that stands last wins.
+    sliced = config | {key: len(kept) for key in COUNT_FIELDS if key == name or config.get(key) == count}
     for key, value in config.items():
         if isinstance(value, list) and len(value) == count and key not in (*NOT_PER_LAYER, *_FIELDS):
             sliced[key] = [value[layer] for layer in kept]
     for key, rewrite in _FIELDS.items():
         if config.get(key):
-            sliced |= rewrite(config, key, kept, count)
+            try:
+                sliced |= rewrite(config, key, kept, count)
+            except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+                raise UserError(
+                    f"the configuration has {key} = {config[key]!r:.80}, which cannot be followed ({error!r:.80}); "
+                    "give a checkpoint whose config.json is complete."
+                ) from None
     if mtp_layers(config):
         sliced |= {key: 0 for key in MTP_FIELDS if key in config} or {MTP_FIELDS[0]: 0}
     forced, types = family(config).last_type, sliced.get("layer_types")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
-from trsp_fast.models.checkpoint import checkpoint_bytes, load_config
+from trsp_fast.models.checkpoint import checkpoint_bytes, load_config, sentence_of
 from trsp_fast.models.families import layer_count, sliced_tensors, text_fields
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
@@ -26,6 +26,7 @@ from trsp_fast.models.verify import (
     Check,
     allowed_error,
     check_shape,
+    dtype_check,
     generate,
     generation_check,
     logits_check,
@@ -63,9 +64,12 @@ def verify_streamed(
     gone = checked_layers(removed, count)
     kept = [layer for layer in range(count) if layer not in gone]
     with open_tensors(source) as old, open_tensors(pruned) as new, torch.no_grad():
+        stated = dtype_check(*(_loaded_dtype(config, files) for config, files in zip(configs, (old, new), strict=True)))
         names = cut_names(old, fields, kept)
-        after = StreamedModel(configs[1], new, names.path, remote_code=remote_code)
-        before = StreamedModel(configs[0], old, names.path, remote_code=remote_code)
+        with sentence_of(str(pruned)):
+            after = StreamedModel(configs[1], new, names.path, remote_code=remote_code)
+        with sentence_of(str(source)):
+            before = StreamedModel(configs[0], old, names.path, remote_code=remote_code)
         if missing := before.problems.get("missing_keys"):
             raise UserError(f"model {str(source)!r} lacks {missing[0]}, which would be random; give all of it.")
         proof = _Proof(old, new, names, fields, kept, count)
@@ -75,10 +79,17 @@ def verify_streamed(
             *proof.tensors(trained, before),
         ]
         if odd or not checks[1].passed:  # another model; a changed byte goes on, as its logits may tell more
-            return checks + check_shape(before.model, after.model, gone)
+            return [*checks, stated, *check_shape(before.model, after.model, gone)]
         if trained:
             before = StreamedModel(configs[0], proof.trained_weights(), names.path, remote_code=remote_code)
-        return checks + _check_logits(before, after, gone)
+        return [*checks, stated, *_check_logits(before, after, gone)]
+
+
+def _loaded_dtype(config: Any, tensors: dict[str, StoredTensor]) -> Any:
+    """The dtype that transformers loads a checkpoint in: the one stated, else that of the first weight."""
+    if config.dtype is not None:
+        return config.dtype
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
 
 
 class _Proof:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.engine.precision import cast_parameters
 from trsp_fast.errors import CheckFailed
-from trsp_fast.models.checkpoint import restore_own_dtypes
+from trsp_fast.models.checkpoint import exact_dtype, load_config, restore_own_dtypes
 from trsp_fast.models.families import layer_count, layer_stack, slice_config, sliced_tensors
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.removal import remove_layers
@@ -58,7 +58,9 @@ def check_shape(before: PreTrainedModel, after: PreTrainedModel, removed: list[i
     ]
 
 
-def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[Check], PreTrainedModel]:
+def verify_checkpoint(
+    model: PreTrainedModel, folder: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[list[Check], PreTrainedModel]:
     """Reload `folder` with plain transformers: no key missing, unexpected or mismatched, every tensor byte-equal.
 
     Returns:
@@ -67,7 +69,7 @@ def verify_checkpoint(model: PreTrainedModel, folder: str | Path) -> tuple[list[
     from transformers import AutoModelForCausalLM
 
     # The class's own code runs in this process already, so its user has allowed it.
-    options = {"dtype": "auto", "trust_remote_code": type(model).__module__.partition(".")[0] != "transformers"}
+    options = {"dtype": dtype, "trust_remote_code": type(model).__module__.partition(".")[0] != "transformers"}
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     restore_own_dtypes(reloaded, folder)
     odd = {kind: sorted(map(str, info.get(kind) or [])) for kind in _KEY_PROBLEMS}
@@ -101,21 +103,37 @@ def verify_checkpoints(
     from transformers import AutoModelForCausalLM
 
     removed = list(removed)
-    before = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=remote_code)
+    stated = [load_config(str(folder), remote_code=remote_code).dtype for folder in (source, pruned)]
+    exact = [exact_dtype(folder, dtype) for folder, dtype in zip((source, pruned), stated, strict=True)]
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=exact[0], trust_remote_code=remote_code)
     restore_own_dtypes(before, source)
     expected = remove_layers(before, removed)
-    checks, after = verify_checkpoint(expected, pruned)
+    checks, after = verify_checkpoint(expected, pruned, exact[1])
+    checks.append(dtype_check(stated[0] or before.config.dtype, stated[1] or after.config.dtype))
     shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (expected, after)]
     if shapes[0] != shapes[1]:
         odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
         return [*checks, Check("names and shapes of all tensors", False, f"{len(odd)} differ, {odd[0]} first")]
-    if trained and not checks[-1].passed:
-        checks[-1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[-1].detail}")
+    if trained and not checks[1].passed:
+        checks[1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[1].detail}")
         checks += [_check_descent(before, after, removed), _check_nearness(expected, after)]
         expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
+        _put_pieces_back(before, after, removed)
     for model in (before, expected, after):
         cast_parameters(model, torch.float32)  # mixed dtypes do not run; every stored dtype fits into fp32
     return checks + verify_removal(before, after, removed)
+
+
+def _put_pieces_back(before: PreTrainedModel, after: PreTrainedModel, removed: list[int]) -> None:
+    """Give `before` the trained pieces of tensors that hold one per layer, which a cut copies and does not share."""
+    count, theirs = len(layer_stack(before)), dict(after.named_parameters())
+    kept = torch.tensor([index for index in range(count) if index not in removed])
+    with torch.no_grad():
+        for end, dimension in sliced_tensors(before.config.to_dict()):
+            for name, tensor in before.named_parameters():
+                if name.endswith(end):
+                    pieces = theirs[name].unflatten(dimension, (len(kept), -1)).to(tensor.dtype)
+                    tensor.unflatten(dimension, (count, -1)).index_copy_(dimension, kept, pieces)
 
 
 def require(checks: Iterable[Check]) -> None:
@@ -196,6 +214,12 @@ def generation_check(worst: float, bound: float, length: int) -> Check:
     return Check(GENERATION, worst <= bound, detail)
 
 
+def dtype_check(before: Any, after: Any) -> Check:
+    """What config.json states is what transformers casts every weight to when it loads a checkpoint."""
+    wrong = "" if before == after else f", not {before}"
+    return Check("dtype that weights are loaded in", before == after, f"{after}{wrong}".replace("torch.", ""))
+
+
 def logits_check(logits: Tensor, expected: Tensor) -> Check:
     """Exactly equal, not a bit of a logit off."""
     difference = float((logits.double() - expected.double()).abs().max())
@@ -263,6 +287,9 @@ def _check_config(before: PreTrainedModel, after: PreTrainedModel, removed: list
     wrong = [
         f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in sorted(keys) if found.get(key) != wanted.get(key)
     ]
+    named = [model.config.architectures for model in (after, before)]  # other engines go by it
+    if all(named) and named[0] != named[1]:
+        wrong.append(f"architectures is {named[0]}, not {named[1]}")
     try:
         layer_stack(after)
         type(after.config).from_dict(found)
