@@ -31,7 +31,7 @@ from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
-from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_json
+from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
 from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.transfer import transfer
@@ -155,7 +155,7 @@ def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool,
                 values.pop("processes", None)
                 values["versions"].pop("threads")
         require_same(before, now)
-    write_json(path, identity)
+    write_durably(path, json.dumps(identity, indent=1).encode())  # a run killed here must still be able to read it
 
 
 class _Run:
