@@ -94,11 +94,13 @@ class RunConfig:
     parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `auto` does that where
         torchrun has started several; `none` leaves every process on its own.
     deterministic: same bits on the same machine, at some cost on a GPU.
+    compile: decoder layers through torch.compile; the first steps take long, the others less.
     """
 
     save_every: int = _setting(0, low=0)
     parallel: str = _setting("auto", choices=("none", "auto", "ddp"))
     deterministic: bool = _setting(False)
+    compile: bool = _setting(False)
 
 
 @dataclass(frozen=True)

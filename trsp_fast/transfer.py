@@ -27,6 +27,7 @@ from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
+from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
@@ -110,6 +111,8 @@ def transfer(
             run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
             run.objective = _choose_objective(run, config.run.deterministic)
             plan = session.plan("transfer", order.batch * tokens.shape[1], lambda: _plan(run))
+            if config.run.compile:
+                during.enter_context(compiled_layers(model))
             during.enter_context(recomputed(model, plan.recomputed))
             _resume(run)
             while run.done < run.steps:

@@ -18,6 +18,7 @@ from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.objective import WindowOrder, mean_loss
 from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.session import Session
+from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.select.contract import Selection, candidates
@@ -71,6 +72,8 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
+        if config.run.compile:
+            during.enter_context(compiled_layers(model))
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
         for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
