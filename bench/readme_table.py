@@ -82,7 +82,7 @@ def steps() -> str:
     """Stages of a run beside the plain port of the published recipe."""
     names = {"select": "stage 1", "transfer": "stage 2", "whole": "both"}
     lines = [
-        "| machine | model | part | plain port, a step | ours | times as fast | memory above weights, plain | ours |",
+        "| machine, model | settings | part | plain port, a step | ours | times as fast | memory above weights, plain | ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("step_*.json")):
@@ -91,7 +91,8 @@ def steps() -> str:
         for (model, part, arm), ours in rows.items():
             plain = rows.get((model, part, "plain"))
             if arm == "ours" and plain is not None and plain["step_ms"] and ours["step_ms"]:
-                cells = [content["machine"]["device"], model, names[part]]
+                settings = ", ".join(f"`{text}`" for text in content["settings"])
+                cells = [f"{content['machine']['device']}, {model}", settings, names[part]]
                 cells += [f"{plain['step_ms']:.0f} ms", f"{ours['step_ms']:.0f} ms"]
                 cells.append(f"{ours['ratio']:.2f}" if ours["ratio"] else "differ")
                 cells += [f"{row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] else "-" for row in (plain, ours)]
