@@ -82,7 +82,7 @@ def steps() -> str:
     """Stages of a run beside the plain port of the published recipe."""
     names = {"select": "stage 1", "transfer": "stage 2", "whole": "both"}
     lines = [
-        "| machine, model | settings | part | plain port, a step | ours | times as fast | memory above weights, plain | ours |",
+        "| machine, model | settings | part | plain port, a step | ours | times as fast | memory, plain | ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("step_*.json")):
