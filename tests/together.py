@@ -64,10 +64,10 @@ def held(model, optimizer=None, teacher=None) -> int:
 def weighed(name: str, **options) -> tuple[dict, dict]:
     """A run and what it held after the first step of each stage."""
     from trsp_fast import transfer
-    from trsp_fast.select import trsp
+    from trsp_fast.select import gate_learning
 
     found: dict = {}
-    first, second = trsp._learn_step, transfer._step
+    first, second = gate_learning._learn_step, transfer._step
 
     def select_step(learning) -> None:
         first(learning)
@@ -78,11 +78,11 @@ def weighed(name: str, **options) -> tuple[dict, dict]:
         trained = sum(p.numel() for p in run.weights.values())
         found.setdefault("transfer", (held(run.model, run.optimizer, run.teacher), trained, len(run.weights)))
 
-    trsp._learn_step, transfer._step = select_step, transfer_step
+    gate_learning._learn_step, transfer._step = select_step, transfer_step
     try:
         return outcome(pruned(name, **options)), found
     finally:
-        trsp._learn_step, transfer._step = first, second
+        gate_learning._learn_step, transfer._step = first, second
 
 
 def outcome(result) -> dict:
