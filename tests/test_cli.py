@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Co
 from zoo import build
 
 from trsp_fast import cli
+from trsp_fast.errors import Interrupted
 
 QUICK = [
     "--set",
@@ -336,6 +337,7 @@ def test_no_space_is_one_sentence(run, model, tokens, tmp_path, monkeypatch):
     assert run(*command, "--resume")[0] == 0
     assert os.listdir(tmp_path) == ["out"]
     assert not (tmp_path / "out" / ".trsp" / "state").exists()
+    assert "is complete; there is nothing to resume" in run(*command, "--resume")[2]
 
 
 def test_a_really_full_disk_leaves_nothing(run, stories_folder, tmp_path):
@@ -399,6 +401,23 @@ def test_an_interrupted_run_that_has_saved_nothing_leaves_nothing(model, tokens,
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "end", "sentence"),
+    [
+        ("prune", SystemExit(143), "interrupted; nothing was written."),
+        ("prune", Interrupted(143), "interrupted; give the same command with --resume to go on."),
+        ("demo", Interrupted(143), "interrupted; the next demo begins anew."),  # it has no --resume
+    ],
+)
+def test_an_end_by_sigterm_says_what_is_left(run, model, tokens, tmp_path, monkeypatch, command, end, sentence):
+    def work(*_arguments, **_options):
+        raise end
+
+    monkeypatch.setattr(cli, "_prune", work)
+    rest = (model, "--num-layers", 1, "--data", tokens) if command == "prune" else ()
+    assert run(command, *rest, "--out", tmp_path / "out") == (143, "", f"trsp-fast: {sentence}\n")
+
+
 def test_the_console_script_and_the_module_are_the_same():
     script = shutil.which("trsp-fast", path=os.path.dirname(sys.executable))
     assert script, "the console script is not installed beside the interpreter"
@@ -460,6 +479,7 @@ def test_plan_with_data_says_what_a_run_would_take(run, model, tokens):
     weights = sum(t.numel() * 4 for t in load_file(model / "model.safetensors").values())
     assert forecast["memory"]["weights"] == weights
     assert forecast["memory"]["stage 2"]["optimiser"] == 2 * weights
+    assert forecast["disk"]["states"] == 3 * 3 * weights  # weights and two moments, in two states and the next one
     code, _, error = run("plan", model, "--data", tokens)
     assert (code, error.count("\n")) == (2, 1)
     assert "--data was given without an amount" in error
@@ -576,7 +596,7 @@ def test_a_model_of_two_dtypes_is_cut_in_memory(run, tmp_path):
     """As it is stored, it does not run: the proof casts it, the result keeps its dtypes."""
     build("gemma4").bfloat16().save_pretrained(tmp_path / "src")
     path = tmp_path / "src" / "model.safetensors"
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # the file is overwritten below
     wide = "model.layers.0.self_attn.q_proj.weight"
     save_file(tensors | {wide: tensors[wide].float()}, path, {"format": "pt"})
     code, out, error = run("remove", tmp_path / "src", "--layers", "1", "--out", tmp_path / "out")

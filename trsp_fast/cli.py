@@ -63,7 +63,7 @@ Settings = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of --out.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard an interrupted run of --out.")]
 AcceptChanges = Annotated[
-    bool, typer.Option("--accept-changes", help="Resume although model, data, settings or versions differ.")
+    bool, typer.Option("--accept-changes", help="Resume although data, settings or versions differ.")
 ]
 Parallel = Annotated[
     str | None, typer.Option("--parallel", help="auto, ddp or none: what torchrun's processes do together.")
@@ -87,7 +87,10 @@ def demo(
     settings = ["num_layers=3", "data.samples=256", *(settings or []), *_parallel(parallel)]
     values = _values(None, None, None, seed, preset, None, settings, device, dtype)
     demo_model = _resolved("demo")
-    _prune(demo_model, "demo", None, out, values, as_json, _Again(restart=True), title="the built-in demo model")
+    try:
+        _prune(demo_model, "demo", None, out, values, as_json, _Again(restart=True), title="the built-in demo model")
+    except Interrupted as stop:
+        raise Interrupted(stop.code, "interrupted; the next demo begins anew") from None
 
 
 @app.command()
@@ -437,6 +440,10 @@ def main() -> None:
         code = _fail("interrupted; nothing was written.", 130)
     except Interrupted as error:
         code = _fail(f"{error}.", error.code)
+    except SystemExit as stop:
+        if stop.code != 143:
+            raise
+        code = _fail("interrupted; nothing was written.", 143)
     except UserError as error:
         code = _fail(str(error), 2)
     except (CheckFailed, Lost) as error:
@@ -495,7 +502,7 @@ def _prune(
     with started(config) as group:
         silent = as_json or group.rank > 0
         if group.rank == 0:
-            check_output(out)
+            check_output(out, resume=again.resume)
         loaded = _load(model, config, revision, remote_code, dtype="auto")
         tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
         extras: dict[str, Any] = {"tokenizer": _tokenizer(model, data, revision, remote_code), "about": about}

@@ -25,6 +25,6 @@ class Lost(RuntimeError):  # noqa: N818 - what happened to the run, not a defect
 class Interrupted(RuntimeError):  # noqa: N818 - the user's wish, not an error
     """The run was asked to end, has saved its state and can be resumed. Exit code 130 (Ctrl-C) or 143 (SIGTERM)."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__("interrupted; give the same command with --resume to go on")
+    def __init__(self, code: int, text: str = "interrupted; give the same command with --resume to go on") -> None:
+        super().__init__(text)
         self.code = code

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig, merge
+from trsp_fast.engine.optimizers import STATE_BYTES
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import check_set, layer_stack
@@ -77,7 +78,6 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
     seconds["speed and proof"] = seconds_of_a_round(model) * rounds
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gone = sum(p.nbytes for layer in layers for p in layer_stack(model).layers[layer].parameters())
-    trained = sum(p.numel() for p in trainable_weights(model, layers, config.transfer.trainable).values())
     return Forecast(
         removed=count,
         layers=total,
@@ -86,8 +86,20 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
         seconds={name: round(value, 1) for name, value in seconds.items()},
         memory={"weights": weights, **{name: plan["parts"] for name, plan in plans.items()}},
         micro_batch={name: plan["micro_batch"] for name, plan in plans.items()},
-        disk={"checkpoint": weights - gone, "states": KEPT * 12 * trained if config.transfer.epochs else 0},
+        disk={"checkpoint": weights - gone, "states": (KEPT + 1) * _bytes_of_a_state(model, layers, config)},
     )
+
+
+def _bytes_of_a_state(model: PreTrainedModel, layers: list[int], config: TRSPConfig) -> int:
+    """fp32 weights and moments of the stage that trains more; one more than are kept is there while it is written."""
+    stage_1, stage_2 = 0, 0
+    if config.select.train_weights and not config.layers:
+        stage_1 = 12 * sum(parameter.numel() for parameter in model.parameters())
+    if config.transfer.epochs:
+        trained = sum(p.numel() for p in trainable_weights(model, layers, config.transfer.trainable).values())
+        stage_2 = round((4 + STATE_BYTES[config.transfer.optimizer]) * trained)
+        stage_2 += sum(parameter.nbytes for parameter in model.parameters()) if stage_1 else 0  # as stage 1 left them
+    return max(stage_1, stage_2)
 
 
 class _EnoughError(Exception):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from trsp_fast.config import TRSPConfig, checked_layers
 from trsp_fast.data import check_vocabulary
 from trsp_fast.engine.distributed import Group, started
+from trsp_fast.engine.optimizers import require_optimizer
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import CheckFailed, UserError
@@ -30,7 +31,7 @@ from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
-from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
+from trsp_fast.run.identity import fingerprint, first_difference, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
 from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.select import Selection, choose_layers
@@ -95,7 +96,7 @@ def prune(
         events: listeners of the run's progress.
         resume: go on with an interrupted run of `out`, given the same model, tokens and configuration.
         restart: discard an interrupted run of `out`.
-        accept_changes: resume although model, data, configuration or versions differ.
+        accept_changes: resume although data, configuration or versions differ.
         stop: says when the run should save its state and end.
         group: the processes that share the work, where they have been `started` already.
 
@@ -123,7 +124,10 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
     """A run whose states, events, checkpoint and report go into the folder `stage`."""
     (stage / RUN).mkdir(exist_ok=True)
     _check_identity(stage, run.identity(), accept_changes, run.events)
+    held = holds_state(stage)
     run.keep(StateStore(stage / STATE), stop)
+    if held and not run.session.keeper.resumes:
+        run.events.note("no saved state of the interrupted run is whole, so that it begins anew.")
     logs: list[JsonLines | TensorBoard] = [JsonLines(stage / RUN / "events.jsonl")]
     if importlib.util.find_spec("tensorboard"):
         logs.append(TensorBoard(stage / RUN / "tensorboard"))
@@ -143,8 +147,8 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
 def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool, events: Events) -> None:
     """Write down which run this is, or make sure that it is the interrupted one."""
     path = stage / RUN / "run.json"
-    if holds_state(stage) and path.exists() and not accept_changes:
-        before, now = json.loads(path.read_text()), copy.deepcopy(identity)
+    if holds_state(stage):
+        before, now = _interrupted_identity(path), copy.deepcopy(identity)
         then = before.setdefault("processes", 1)
         if then != now["processes"]:
             events.note(
@@ -153,9 +157,29 @@ def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool,
             )
             for values in (before, now):  # torchrun sets the threads by the number of processes
                 values.pop("processes", None)
-                values["versions"].pop("threads")
-        require_same(before, now)
-    write_durably(path, json.dumps(identity, indent=1).encode())  # a run killed here must still be able to read it
+                values["versions"].pop("threads", None)
+        if before["model"] != now["model"]:
+            raise UserError(
+                "the interrupted run had another model, whose weights its state may hold; give the same (folder, "
+                "revision and config.json), or --restart to begin anew."
+            )
+        if not accept_changes:
+            require_same(before, now)
+        elif found := first_difference(before, now):
+            events.note("{} was {} and is {} from here on; what was done before stays.".format(*found))
+    write_durably(path, (json.dumps(identity, indent=1) + "\n").encode())
+
+
+def _interrupted_identity(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text())
+        if isinstance(before["model"], str) and isinstance(before["versions"], dict):
+            return before
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"the interrupted run's {path.name} is damaged, so that nobody knows what it was; give --restart to begin anew."
+    )
 
 
 class _Run:
@@ -184,6 +208,8 @@ class _Run:
         if bound and evaluation is None:
             raise UserError(f"quality.max_perplexity_ratio is {bound} but there is nothing to evaluate on; give data.")
         own = next(model.parameters()).device
+        if config.transfer.epochs:
+            require_optimizer(config.transfer.optimizer)
         device = own if config.device == "auto" else resolve_device(config.device)
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
@@ -222,7 +248,13 @@ class _Run:
         """Save states in `store`, and go on from what the first process has found in it."""
         keeper = Keeper(store, self.config.run.save_every, stop, share=self.group.share, highest=self.group.highest)
         self.session.keeper = keeper
-        self.perplexity = keeper.facts.setdefault("perplexity", {})
+        facts, identity = keeper.facts, {**self.identity(), "processes": None, "versions": None}
+        known = self.group.agree(json.dumps(identity))
+        if facts.setdefault("known of", known) != known:  # --accept-changes: plans and perplexities were another run's
+            facts.update({"known of": known, "perplexity": {}, "decided": {}})
+        self.perplexity = facts.setdefault("perplexity", {})
+        if keeper.base:
+            self._measure("dense", self.model, self.group)  # here, since stage 1 has trained what comes now
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in keeper.base:
@@ -289,16 +321,26 @@ class _Run:
             return Selection(checked_layers(self.config.layers, self.layers_before))
         keeper = self.session.keeper
         if "selection" in keeper.facts:
-            return Selection(**keeper.facts["selection"])
-        selection = self._choose()
+            return self._of_wanted_size(Selection(**keeper.facts["selection"]))
+        selection = self._of_wanted_size(self._choose())
         if self.config.select.train_weights and keeper.store:
             keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
         keeper.remember("selection", asdict(selection))
         return selection
 
+    def _of_wanted_size(self, selection: Selection) -> Selection:
+        """With --accept-changes the interrupted run may have chosen more layers than are to go, or fewer."""
+        chosen, wanted = len(selection.layers), self.config.layer_count(self.layers_before)
+        if chosen != wanted:
+            raise UserError(
+                f"the interrupted run has chosen {chosen} layers already, {wanted} are to go now; ask for {chosen}, or "
+                "give --restart to begin anew."
+            )
+        return selection
+
     def _choose(self) -> Selection:
-        """Gates are learnt by all processes together; what needs no gradient is left to the first one."""
-        if self.config.select.method == "trsp":
+        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one."""
+        if self.config.select.method in ("trsp", "sleb"):
             return choose_layers(self.model, self.tokens, self.config, session=self.session)
         alone = self.events
         return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))

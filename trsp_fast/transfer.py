@@ -32,7 +32,7 @@ from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
-from trsp_fast.run.state import State
+from trsp_fast.run.state import State, fitting
 
 BATCH = 4  # windows a step by default: many small steps, since few tokens are spent
 
@@ -193,7 +193,7 @@ def _resume(run: _Training) -> None:
     load_optimizer_state(run.optimizer, run.weights, optimizer)
     with torch.no_grad():
         for name, parameter in run.weights.items():
-            parameter.copy_(state.tensors[f"weight.{name}"])
+            parameter.copy_(fitting(state.tensors, f"weight.{name}", parameter))
     run.session.events.emit("resumed", stage="transfer", step=run.done)
 
 

@@ -112,6 +112,22 @@ def test_too_little_for_one_window_is_one_sentence(llama, tokens, monkeypatch):
         stage_plans(llama, tokens, monkeypatch, 1000)
 
 
+@pytest.mark.parametrize("most", [1, 0])
+def test_running_out_of_memory_while_planning_is_no_defect(llama, most):
+    def step(windows):
+        if windows > most:
+            raise torch.OutOfMemoryError("no more")
+
+    def plan():
+        return plan_memory(llama, step, 8, 16, gated=[], held={}, coming={}, available=1 << 40)
+
+    if most:
+        assert plan().micro_batch == 8
+        return
+    with pytest.raises(UserError, match="not enough memory for one window in two layers"):
+        plan()
+
+
 def test_a_plan_is_made_once_and_read_back():
     session, made = Session(), []
 

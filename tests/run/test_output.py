@@ -4,7 +4,8 @@ import os
 import pytest
 
 from trsp_fast.errors import UserError
-from trsp_fast.run.output import check_output, staged_output
+from trsp_fast.run import output
+from trsp_fast.run.output import RUN, STATE, check_output, resumable_output, staged_output
 
 
 def test_the_output_appears_whole_at_the_end(tmp_path):
@@ -74,3 +75,62 @@ def test_bad_outputs_are_refused(tmp_path):
         check_output(tmp_path / "full")
     with pytest.raises(UserError, match="cannot be created"):
         check_output(tmp_path / "file" / "below")
+
+
+def test_outputs_that_cannot_have_their_name_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="a link that leads back to itself"):
+        check_output(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"cannot be created \(File name too long\)"):
+        check_output(tmp_path / ("n" * 243))
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_in_the_way_of_the_runs_own_folder_stays(tmp_path, kind):
+    stage, kept = tmp_path / ".out.unfinished", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "precious").write_text("1")
+    if kind == "link":
+        stage.symlink_to(kept)
+    else:
+        stage.write_text("1")
+    with pytest.raises(UserError, match=r"\.out\.unfinished' is no folder"), resumable_output(tmp_path / "out"):
+        pass
+    assert (kept / "precious").exists()
+    assert os.path.lexists(stage)
+
+
+def test_a_finished_run_is_not_resumed_and_loses_its_leftovers(tmp_path):
+    out = tmp_path / "out"
+    (out / STATE).mkdir(parents=True)
+    (out / RUN / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="nothing to resume"):
+        check_output(out, resume=True)
+    assert not (out / STATE).exists()
+    with pytest.raises(UserError, match="is not empty"):
+        check_output(out)
+
+
+def test_a_run_that_lost_its_name_leaves_the_folder_of_the_next_one_alone(tmp_path):
+    stage = tmp_path / ".out.unfinished"
+    run = resumable_output(tmp_path / "out")
+    run.__enter__().rename(tmp_path / "elsewhere")
+    stage.mkdir()
+    (stage / "of another run").write_text("1")
+    assert not run.__exit__(RuntimeError, RuntimeError(), None)
+    assert (stage / "of another run").exists()
+
+
+def test_the_output_of_a_run_that_has_just_finished_is_seen(tmp_path, monkeypatch):
+    original = output._exclusive
+
+    def finish_first(stage, out):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("{}")
+        return original(stage, out)
+
+    monkeypatch.setattr(output, "_exclusive", finish_first)
+    with pytest.raises(UserError, match="is not empty"), resumable_output(tmp_path / "out"):
+        pytest.fail("it must not start")
+    assert os.listdir(tmp_path) == ["out"]

@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from trsp_fast.errors import Interrupted, UserError
-from trsp_fast.run.identity import fingerprint, require_same
+from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
 from trsp_fast.run.state import Keeper, State, StateStore, Stop
 
 
@@ -38,6 +39,33 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, damage):
     else:
         path.unlink()
     assert store.load()[0]["number"] == 1
+
+
+def test_a_damaged_state_is_not_one_of_the_two_that_are_kept(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "000003.json").write_text("{}")
+    store = StateStore(tmp_path)
+    assert store.load()[0]["number"] == 1
+    store.save({"number": 7}, {})
+    (tmp_path / "000003.json").write_text("{}")  # the newest again
+    assert store.load()[0]["number"] == 1
+
+
+def test_what_a_kill_left_of_a_state_goes_and_foreign_files_stay(tmp_path):
+    saved(tmp_path)
+    foreign = [tmp_path / "\u00b23.json", tmp_path / "notes.json", tmp_path / "000009.json"]
+    for path in foreign[:2]:
+        path.write_text("[]")
+    foreign[2].mkdir()
+    for name in ("000001.safetensors", "000004.safetensors", "000004.partial"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "000003.json").write_text('{"content": 3}')
+    store = StateStore(tmp_path)
+    assert store.load()[0]["number"] == 1
+    store.save({"number": 7}, {})
+    assert store.load()[0]["number"] == 7
+    kept = [f"00000{n}.{end}" for n in (2, 3) for end in ("json", "safetensors")]
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, *(path.name for path in foreign)])
 
 
 def test_without_a_whole_state_there_is_none(tmp_path):
@@ -104,7 +132,7 @@ def test_the_first_difference_is_named():
         require_same(one, {**one, "model": "b"})
 
 
-@pytest.mark.parametrize("change", ["value", "order", "dtype", "name"])
+@pytest.mark.parametrize("change", ["value", "order", "dtype", "name", "settings"])
 def test_fingerprints_tell_models_apart(change):
     def model():
         torch.manual_seed(0)
@@ -119,6 +147,16 @@ def test_fingerprints_tell_models_apart(change):
         weight[:] = weight.flip(0)
     elif change == "dtype":
         other = other.to(torch.bfloat16)
+    elif change == "settings":
+        one.config, other.config = LlamaConfig(name_or_path="a"), LlamaConfig(name_or_path="b")
+        assert fingerprint(one) == fingerprint(other)
+        other.config.rms_norm_eps *= 2
     else:
         other = torch.nn.Sequential(other[0], torch.nn.Identity(), other[1])
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_digests_tell_the_length_of_windows():
+    tokens = torch.arange(12)
+    assert tokens_digest(tokens.view(3, 4)) != tokens_digest(tokens.view(4, 3))
+    assert tokens_digest(tokens.view(4, 3).t()) == tokens_digest(tokens.view(4, 3).t().contiguous())

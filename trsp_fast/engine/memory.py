@@ -86,7 +86,7 @@ def plan_memory(
     """
     device = next(model.parameters()).device
     available = free_memory(device) if available is None else available
-    costs = _measure(model, step, device, min(2, batch), gated)
+    costs = _measured_in_what_fits(model, step, device, min(2, batch), gated)
     # On a GPU a larger pass is never slower
     sizes = [batch if device.type == "cuda" else min(batch, max(1, CPU_TOKENS // length))]
     while sizes[-1] > 1:
@@ -137,6 +137,25 @@ class _Costs:
         peak = max(peak, kept + self.head.at(windows))
         own = {"kept for the backward pass": round(kept), "head and working memory": round(peak - kept)}
         return {**own, "gradients": gradients} if accumulates else own
+
+
+def _measured_in_what_fits(
+    model: PreTrainedModel, step: Callable[[int], None], device: torch.device, most: int, gated: Sequence[int]
+) -> _Costs:
+    """One window says too much rather than too little, where two windows of two layers do not fit."""
+    for windows in (most, 1):
+        try:
+            return _measure(model, step, device, windows, gated)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    raise UserError(
+        "there is not enough memory for one window in two layers; set data.seq_len lower, or use a device with more."
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _measure(

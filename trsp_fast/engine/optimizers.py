@@ -1,11 +1,13 @@
 """Optimisers that skip a step on the device, and their states by name."""
 
+import importlib
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from trsp_fast.errors import UserError
+from trsp_fast.run.state import fitting
 
 Named = dict[str, nn.Parameter]
 
@@ -21,16 +23,29 @@ def make_optimizer(
     Raises:
         UserError: torchao is not installed.
     """
+    require_optimizer(kind)
     if kind == "adamw":
         return adamw(parameters, lr, betas)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+
+
+def require_optimizer(kind: str) -> None:
+    """Refuse before stage 1 what stage 2 would lack.
+
+    Raises:
+        UserError: torchao is needed and is not installed.
+    """
+    if kind != "adamw8bit":
+        return
     try:
-        from torchao.optim import AdamW8bit
+        importlib.import_module("torchao.optim")
     except ImportError:
         raise UserError(
             "transfer.optimizer is adamw8bit, which needs the package torchao; install trsp_fast[torchao], or leave it "
             "at adamw."
         ) from None
-    return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -79,11 +94,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors
     """Put back what `optimizer_state` gave; the optimiser must be new. The parameters do not move.
 
     A first step with zero gradients and learning rate 0 makes the optimiser allocate its state.
+
+    Raises:
+        UserError: the state is that of another kind of optimiser or of other weights.
     """
     if not tensors:
         return
     rate = float(optimizer.param_groups[0]["lr"])
-    kept = {name: parameter.detach().clone() for name, parameter in named.items()}
     set_rate(optimizer, 0.0)
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -92,10 +109,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors
     set_rate(optimizer, rate)
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(kept[name])
             for key, value in optimizer.state[parameter].items():
                 for path, tensor in _plain_tensors(key, value):
-                    tensor.copy_(tensors[f"{name}/{path}"])
+                    tensor.copy_(fitting(tensors, f"{name}/{path}", tensor))
 
 
 def _plain_tensors(key: str, value: object) -> list[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.losses import Distillation, LossChoice, choose_distillation, choose_loss, paired_seconds
-from trsp_fast.engine.memory import MemoryPlan, free_memory
+from trsp_fast.engine.memory import MemoryPlan, free_memory, is_out_of_memory
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper
@@ -92,7 +92,7 @@ class Session:
                 for part, weight in parts:
                     work(part, weight)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failed = len(parts[0][0])
             # outside of the handler, which holds on to the tensors of the failed pass
@@ -113,7 +113,3 @@ class Session:
             f"memory ran out with {size} windows in one pass; {self.micro_batch} at a time from here on, which changes "
             "results by rounding only."
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

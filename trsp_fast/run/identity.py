@@ -11,12 +11,17 @@ from trsp_fast.errors import UserError
 
 SAMPLED = 4096  # elements of each weight that are hashed as they are; all of them count in a sum
 
+_ORIGINS = ("_name_or_path", "name_or_path", "transformers_version")
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by every parameter's name, dtype, shape and bits, reading each weight once on its device."""
-    digest = hashlib.sha256()
+    """Tells models apart by their configuration and every parameter's name, dtype, shape and bits.
+
+    Each weight is read once, on its device.
+    """
+    digest = hashlib.sha256(_settings(model).encode())
     for name, parameter in model.named_parameters():
         bits = parameter.detach().reshape(-1).view(_INTEGERS[parameter.element_size()])
         stride = max(1, len(bits) // SAMPLED)
@@ -25,9 +30,23 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _settings(model: nn.Module) -> str:
+    """A model's configuration without what says where it came from: the same weights compute otherwise with another."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return ""
+    plain = json.loads(
+        json.dumps(config.to_dict(), default=str),
+        object_hook=lambda values: {name: value for name, value in values.items() if name not in _ORIGINS},
+    )
+    return json.dumps(plain, sort_keys=True)
+
+
 def tokens_digest(tokens: Tensor | None) -> str | None:
     """sha256 of windows of tokens, int64 `[windows, seq]`."""
-    return None if tokens is None else hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    if tokens is None:
+        return None
+    return hashlib.sha256(str(list(tokens.shape)).encode() + tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -36,14 +55,17 @@ def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         UserError: naming the first difference.
     """
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
-    found = _difference(before, now, "")
-    if found:
+    if found := first_difference(before, now):
         name, old, new = found
         raise UserError(
             f"the interrupted run had {name} = {old}, this one has {new}; give the same, or --accept-changes to go on "
             "all the same, or --restart to begin anew."
         )
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Name, old and new value of the first difference; `before` is as its file has it."""
+    return _difference(before, json.loads(json.dumps(now)), "")  # tuples become lists, as in the file
 
 
 def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:

@@ -18,22 +18,37 @@ RUN = ".trsp"  # the run's own folder inside its output
 STATE = f"{RUN}/state"  # what an interrupted run goes on from; gone when the output is complete
 
 
-def check_output(out: str | Path) -> Path:
+def check_output(out: str | Path, *, resume: bool = False) -> Path:
     """The output folder, known to be creatable: refuses early what would fail after hours.
+
+    Args:
+        resume: say that there is nothing to resume where the output is that of a finished run.
 
     Raises:
         UserError: it is a file, is not empty, or its parent cannot be written.
     """
     path = Path(os.path.realpath(out))
+    if path.is_symlink():
+        raise UserError(f"output {str(out)!r} is a link that leads back to itself; remove it, or give a folder.")
+    if resume and (path / RUN / "run.json").exists():
+        shutil.rmtree(path / STATE, ignore_errors=True)  # a kill just after the last rename left it
+        raise UserError(f"the run of {str(out)!r} has finished and is complete; there is nothing to resume.")
     if path.exists() and not path.is_dir():
         raise UserError(f"output {str(out)!r} is a file; give a folder that does not exist yet or is empty.")
     if os.path.ismount(path):
         raise UserError(f"output {str(out)!r} is a mount point, which cannot be replaced; give a folder below it.")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"output {str(out)!r} is not empty; give a new or empty folder, or remove it first.")
-    with _parents_of(path, out), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
-        pass
+    with _parents_of(path, out):
+        try:
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent).cleanup()
+        except OSError as error:
+            raise _cannot_be_created(out, error) from None
     return path
+
+
+def _cannot_be_created(out: str | Path, error: OSError) -> UserError:
+    return UserError(f"output {str(out)!r} cannot be created ({error.strerror}); give a folder that can be written.")
 
 
 @contextlib.contextmanager
@@ -45,9 +60,7 @@ def _parents_of(path: Path, out: str | Path) -> Iterator[None]:
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(
-            f"output {str(out)!r} cannot be created ({error.strerror}); give a folder that can be written."
-        ) from None
+        raise _cannot_be_created(out, error) from None
     try:
         yield
     finally:
@@ -99,13 +112,12 @@ def resumable_output(out: str | Path, *, resume: bool = False, restart: bool = F
             `resume` nor `restart` was given, or there is no space left.
         Interrupted: a signal came and the state was kept.
     """
-    if resume and os.path.exists(os.path.join(out, RUN, "run.json")):
-        raise UserError(f"the run of {str(out)!r} has finished and is complete; there is nothing to resume.")
-    path = check_output(out)
+    path = check_output(out, resume=resume)
     stage = path.parent / f".{path.name}.unfinished"
     with _parents_of(path, out):
         lock = _exclusive(stage, out)
         try:
+            check_output(out, resume=resume)  # the run that held the lock may just have finished
             if holds_state(stage) and not resume and not restart:
                 raise UserError(
                     f"an interrupted run of {str(out)!r} is there; give --resume to go on with it or --restart to "
@@ -129,7 +141,7 @@ def resumable_output(out: str | Path, *, resume: bool = False, restart: bool = F
                 raise
             raise Interrupted(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)) from None
         finally:
-            if not holds_state(stage):
+            if _is_folder(lock, stage) and not holds_state(stage):
                 shutil.rmtree(stage, ignore_errors=True)
             os.close(lock)
 
@@ -156,11 +168,13 @@ def _publish(stage: Path, path: Path, out: str | Path) -> None:
 def _exclusive(stage: Path, out: str | Path) -> int:
     """The descriptor of the folder `stage`, made if need be, locked until this process ends, however it does."""
     while True:
-        stage.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            lock = os.open(stage, os.O_RDONLY)
+            stage.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
+        except (FileExistsError, NotADirectoryError):  # all in it would be removed, wherever a link leads
+            raise UserError(f"{str(stage)!r} is no folder, but the run needs one there; remove it.") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -168,9 +182,14 @@ def _exclusive(stage: Path, out: str | Path) -> int:
             raise UserError(f"another run is at work on {str(out)!r}; wait for it, or give another --out.") from None
         except OSError:  # a file system without locks
             return lock
-        if stage.is_dir() and os.path.samestat(os.fstat(lock), os.stat(stage)):
+        if _is_folder(lock, stage):
             return lock
         os.close(lock)  # the run that held it has just finished and renamed it
+
+
+def _is_folder(descriptor: int, path: Path) -> bool:
+    """Whether the open folder still has this name, which another run's may have got since."""
+    return path.is_dir() and os.path.samestat(os.fstat(descriptor), os.stat(path))
 
 
 def _empty(folder: Path, keep: str | None) -> None:

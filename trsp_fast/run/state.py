@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trsp_fast.errors import Interrupted
+from trsp_fast.errors import Interrupted, UserError
 from trsp_fast.run.output import flush_folder, write_durably
 
 KEPT = 2  # states on disk: the newest, and the one before it in case the newest is damaged
@@ -43,6 +43,9 @@ class StateStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (*folder.glob("*.partial"), *folder.glob("*.safetensors")):
+            if path.is_file() and not path.with_suffix(".json").exists():  # a kill in the middle of `save` left it
+                path.unlink()
 
     def save(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write a new state and drop all but the newest two.
@@ -60,11 +63,17 @@ class StateStore:
             self._remove(old)
 
     def load(self) -> Loaded | None:
-        """The newest state that is whole, None where there is none."""
+        """The newest state that is whole, None where there is none; damaged newer ones go, lest `save` keep them."""
         for number in reversed(self._numbers()):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                return self._read(self.folder / f"{number:06}")
-        return None
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = self._read(self.folder / f"{number:06}")
+                break
+        else:
+            return None
+        for damaged in self._numbers():
+            if damaged > number:
+                self._remove(damaged)
+        return found
 
     def _read(self, stem: Path) -> Loaded:
         from safetensors.torch import load_file
@@ -76,12 +85,32 @@ class StateStore:
         return json.loads(text, object_hook=whole_keys), load_file(path)
 
     def _numbers(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if _is_number(path))
 
     def _remove(self, number: int) -> None:
         for suffix in (".json", ".safetensors"):
             with suppress(FileNotFoundError):
                 (self.folder / f"{number:06}{suffix}").unlink()
+
+
+def _is_number(path: Path) -> bool:
+    return path.stem.isascii() and path.stem.isdigit() and path.is_file()
+
+
+def fitting(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The saved tensor of this name, which must fit where it is to go.
+
+    Raises:
+        UserError: it is missing or has another shape: the state is that of another configuration.
+    """
+    found = tensors.get(name)
+    if found is None or found.shape != like.shape:
+        has = "no" if found is None else f"{list(found.shape)} as"
+        raise UserError(
+            f"the state of the interrupted run has {has} {name}, this run needs {list(like.shape)}; give the "
+            "configuration that it had, or --restart to begin anew."
+        )
+    return found
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
@@ -179,6 +208,7 @@ class Keeper:
         self._cost = 0.0
         self._steps = 0
         loaded = share(store.load() if store else None)
+        self.resumes = loaded is not None
         if loaded:
             values, tensors = loaded
             self.facts = values["facts"]

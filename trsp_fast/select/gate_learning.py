@@ -19,7 +19,7 @@ from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.prefix import PrefixStates
-from trsp_fast.run.state import State
+from trsp_fast.run.state import State, fitting
 
 DAMPING = 1e-4  # added to F in the natural step, so that a gate without any gradient moves by lambda1 alone
 
@@ -89,7 +89,7 @@ def begin_or_resume(learning: Learning) -> None:
     with torch.no_grad():
         for name, tensor in _tensors(learning).items():
             if "optimizer" not in name:
-                tensor.copy_(tensors[name])
+                tensor.copy_(fitting(tensors, name, tensor))
     for kind, optimizer in learning.optimizers.items():
         prefix = f"optimizer.{kind}."
         saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -127,12 +127,12 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
     """`count` rounds, each trying every layer that is left. The state is saved after every round."""
     chosen: list[int] = []
     history, cost = [], 0.0
-    if state := session.keeper.found("select"):
+    if state := session.keeper.found("select by SLEB"):
         chosen, history, cost = state.values["chosen"], state.values["history"], state.values["cost"]
         session.events.emit("resumed", stage="select", round=len(chosen), step=0)
 
     def save() -> State:
-        return State("select", len(chosen), {"chosen": chosen, "history": history, "cost": cost})
+        return State("select by SLEB", len(chosen), {"chosen": chosen, "history": history, "cost": cost})
 
     with session.keeper.steps():
         for index in range(len(chosen), count):

@@ -76,9 +76,9 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             during.enter_context(compiled_layers(model))
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
-        for _ in range(learning.index, 1 if settings.schedule == "oneshot" else count):
+        while (missing := count - len(learning.chosen)) > 0:
             learn_round(learning)
-            _remove(learning, _lowest(learning, count if settings.schedule == "oneshot" else 1))
+            _remove(learning, _lowest(learning, missing if settings.schedule == "oneshot" else 1))
             session.keeper.after_step(lambda: state_of(learning), always=True)
         if settings.train_weights:
             _discard_gates(learning)
