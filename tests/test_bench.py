@@ -345,5 +345,4 @@ def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monk
     options = bench_step.parse()
     whole, small = (bench_step.peak_of("ours", "select", "tiny", tokens, options) for options.batch in (16, 4))
     logits = 16 * 128 * 256 * 4  # bytes in fp32, and their gradients again as many
-    assert whole > 2 * logits
-    assert whole > 2 * small
+    assert whole - small > logits

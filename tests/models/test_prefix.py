@@ -12,8 +12,8 @@ from trsp_fast.run.events import Events
 
 ROWS = torch.tensor([4, 0, 2])
 SHARED_KV = {"gemma3n", "gemma4"}  # layer 3 makes the keys and values of layers 5 to 7
-# On how many windows a matrix of few tokens is multiplied with changes its rounding, and experts get few.
-EXPERTS = {"deepseek-v3", "glm4-moe"}
+# With how many rows a matrix is multiplied changes its rounding, and experts get few: on which processors, nobody knows.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_losses_and_gate_gradients_are_those_without(family, first):
         loss, gradient = step(model, gates, tokens[ROWS])
         with states.rows(ROWS):
             found_loss, found_gradient = step(model, gates, tokens[ROWS])
-    exact = {} if family in EXPERTS else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(found_loss, loss, **exact)
-    torch.testing.assert_close(found_gradient, gradient, **exact)
+    allowed = {"rtol": 0, "atol": 0} if family in CORE else CLOSE
+    torch.testing.assert_close(found_loss, loss, **allowed)
+    torch.testing.assert_close(found_gradient, gradient, **allowed)
     assert texts == []
 
 
