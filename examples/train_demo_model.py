@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trsp_fast.data import corpus_digest, standard_library
 
@@ -72,7 +72,9 @@ def build_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, total: int, seed: int) -> list[float]:
+def train(
+    model: PreTrainedModel, stream: torch.Tensor, steps: int, total: int, seed: int, windows: int = BATCH
+) -> list[float]:
     """AdamW with warm-up and linear decay over `total` steps, of which the first `steps` are run; the loss of each."""
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -86,9 +88,9 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, total: int,
     losses, began = [], time.perf_counter()
     model.train()
     for step in range(steps):
-        starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
-        batch = stream[starts + window]
-        with torch.autocast("cpu", torch.bfloat16):
+        starts = torch.randint(len(stream) - CONTEXT, (windows, 1), generator=generator)
+        batch = stream[starts + window].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -97,16 +99,17 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, total: int,
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 50 == 49:
-            speed = BATCH * CONTEXT * (step + 1) / (time.perf_counter() - began)
+            speed = windows * CONTEXT * (step + 1) / (time.perf_counter() - began)
             print(f"step {step + 1}/{steps}  loss {sum(losses[-50:]) / 50:.3f}  {speed:,.0f} tokens/s", flush=True)
     return losses
 
 
 @torch.no_grad()
-def held_out_perplexity(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
+def held_out_perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
     model.eval()
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(BATCH)]
+    batches = windows.to(model.device).split(BATCH)
+    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in batches]
     return math.exp(sum(losses) / len(windows))
 
 

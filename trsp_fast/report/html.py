@@ -1,6 +1,5 @@
 """report.html: one self-contained page, readable without JavaScript or network."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,21 @@ import jinja2
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Render the numbers of report.json as a page."""
-    source = resources.files("trsp_fast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = template("report.html.j2").render(r=report, headline=headline(report), settings=settings(report))
+    path.write_text(page, encoding="utf-8")
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this folder; it may include others."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trsp_fast", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters["size"] = size_text
     environment.filters["figure"] = figure_text
-    page = environment.from_string(source).render(r=report, headline=headline(report), settings=settings(report))
-    path.write_text(page, encoding="utf-8")
+    return environment.get_template(name)
 
 
 def headline(report: dict[str, Any]) -> str:

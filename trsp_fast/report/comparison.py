@@ -1,0 +1,175 @@
+"""What a comparison says: one table, and sentences made from its numbers alone."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+OURS = "trsp"
+REFERENCE = "dense"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm at one number of removed layers, over its seeds.
+
+    perplexity, perplexity_other: mean, smallest and largest; other is None without such data.
+    difference, difference_other: this arm minus `trsp` on the same seed, mean, smallest and largest; None for `trsp`
+        itself, for the dense model, and where a seed is missing.
+    layers: as removed with the first seed; `other_layers` of the seeds chose others.
+    """
+
+    arm: str
+    removed: int
+    seeds: int
+    layers: list[int]
+    other_layers: int
+    perplexity: tuple[float, float, float]
+    perplexity_other: tuple[float, float, float] | None
+    difference: tuple[float, float, float] | None
+    difference_other: tuple[float, float, float] | None
+    tokens: int
+    seconds: float
+    seconds_transfer: float
+    window_forwards: float
+    tasks: dict[str, float]
+
+
+def summaries(rows: Sequence[dict[str, Any]]) -> list[Summary]:
+    """One entry per number of removed layers and arm, best first; the unpruned model before all."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["removed"] if row["layers"] else 0, row["arm"]), []).append(row)
+    found = [_summary(removed, arm, mine, rows) for (removed, arm), mine in groups.items()]
+    return sorted(found, key=lambda s: (s.removed, s.arm != REFERENCE, s.perplexity[0]))
+
+
+def _summary(removed: int, arm: str, mine: list[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Summary:
+    ours = {row["seed"]: row for row in rows if row["arm"] == OURS and row["removed"] == removed}
+    paired = mine if arm != OURS and mine and all(row["seed"] in ours for row in mine) else []
+    other = mine[0].get("perplexity_other") is not None
+    scores = mine[0].get("tasks") or {}
+    return Summary(
+        arm=arm,
+        removed=removed,
+        seeds=len(mine),
+        layers=mine[0]["layers"],
+        other_layers=sum(row["layers"] != mine[0]["layers"] for row in mine),
+        perplexity=_spread([row["perplexity"] for row in mine]),
+        perplexity_other=_spread([row["perplexity_other"] for row in mine]) if other else None,
+        difference=_differences(paired, ours, "perplexity"),
+        difference_other=_differences(paired, ours, "perplexity_other") if other else None,
+        tokens=mine[0]["tokens"],
+        seconds=statistics.median(row["seconds"] for row in mine),
+        seconds_transfer=statistics.median(row["seconds_transfer"] for row in mine),
+        window_forwards=statistics.mean(row["window_forwards"] for row in mine),
+        tasks={task: statistics.mean(row["tasks"][task] for row in mine) for task in scores},
+    )
+
+
+def _differences(
+    paired: list[dict[str, Any]], ours: dict[int, dict[str, Any]], what: str
+) -> tuple[float, float, float] | None:
+    return _spread([row[what] - ours[row["seed"]][what] for row in paired]) if paired else None
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return statistics.mean(values), min(values), max(values)
+
+
+def sentences(rows: Sequence[dict[str, Any]], layers: int) -> list[str]:
+    """Who wins where, for each number of removed layers; nothing is said that the rows do not show."""
+    found = summaries(rows)
+    texts = []
+    for removed in sorted({s.removed for s in found if s.removed}):
+        here = [s for s in found if s.removed == removed]
+        texts.append(f"**{removed} of {layers} layers removed.** " + " ".join(_verdicts(here)))
+    return texts
+
+
+def _verdicts(here: list[Summary]) -> list[str]:
+    best = here[0]
+    texts = [f"Lowest perplexity: {best.arm}, {_range(best.perplexity)} ({_seeds(best.seeds)})."]
+    ours = next((s for s in here if s.arm == OURS), None)
+    if ours is not None:
+        rivals = [s for s in here if s.difference is not None]
+        beaten = [s for s in rivals if s.difference and s.difference[1] > 0]
+        lost = [s for s in rivals if s.difference and s.difference[2] < 0]
+        open_ = [s for s in rivals if s not in beaten and s not in lost]
+        for text, group in (
+            ("trsp is better with every seed than", beaten),
+            ("trsp is worse with every seed than", lost),
+            ("Neither better nor worse with every seed than", open_),
+        ):
+            if group:
+                texts.append(f"{text} {', '.join(f'{s.arm} ({_signed(s.difference)})' for s in group)}.")
+        if best.perplexity_other is not None and ours.perplexity_other is not None:
+            first = min(here, key=lambda s: s.perplexity_other[0] if s.perplexity_other else math.inf)
+            other = first.perplexity_other or best.perplexity_other
+            own = _range(ours.perplexity_other)
+            texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}; trsp has {own}.")
+    texts += _published(here)
+    return texts
+
+
+def _published(here: list[Summary]) -> list[str]:
+    """The paper's recipe against cutting first and spending the same tokens afterwards."""
+    paper = next((s for s in here if s.arm == "trsp-paper"), None)
+    tuned = [s for s in here if s.arm.startswith("cut-") and s.arm.endswith("-lm")]
+    if paper is None or not tuned:
+        return []
+    best = min(tuned, key=lambda s: s.perplexity[0])
+    how = "loses to" if paper.perplexity[0] > best.perplexity[0] else "beats"
+    return [
+        f"TRSP as published (trsp-paper, {paper.perplexity[0]:.2f}) {how} cutting first and tuning afterwards "
+        f"({best.arm}, {best.perplexity[0]:.2f}) at equal tokens."
+    ]
+
+
+def _range(values: tuple[float, float, float]) -> str:
+    mean, low, high = values
+    return f"{mean:,.2f}" if low == high else f"{mean:,.2f} ({low:,.2f} to {high:,.2f})"
+
+
+def _signed(values: tuple[float, float, float] | None) -> str:
+    return "" if values is None else f"{values[0]:+.2f}"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+HEAD = ("arm", "removed layers", "perplexity", "other domain", "minus trsp, paired", "tokens", "seconds", "forwards")
+
+
+def table_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's cells, as `HEAD` names them: mean and range over the seeds, medians of seconds; then the tasks."""
+    table = []
+    for s in summaries(rows):
+        layers = ", ".join(map(str, s.layers)) or "none"
+        cells = (
+            s.arm,
+            layers + (f" (other ones in {s.other_layers} of {s.seeds})" if s.other_layers else ""),
+            _range(s.perplexity),
+            _range(s.perplexity_other) if s.perplexity_other else "-",
+            f"{s.difference[0]:+.2f} ({s.difference[1]:+.2f} to {s.difference[2]:+.2f})" if s.difference else "-",
+            f"{s.tokens:,}",
+            f"{s.seconds:.0f}",
+            f"{s.window_forwards:,.0f}",
+        )
+        table.append((*cells, *(f"{score:.3f}" for score in s.tasks.values())))
+    return table
+
+
+def table_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """`HEAD` and the tasks that were scored."""
+    return (*HEAD, *(rows[0].get("tasks") or {})) if rows else HEAD
+
+
+def markdown(rows: Sequence[dict[str, Any]], layers: int) -> str:
+    """The table and what it says, as Markdown."""
+    head = table_head(rows)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(rows)]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, layers)) + "\n"

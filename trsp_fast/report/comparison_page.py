@@ -1,0 +1,73 @@
+"""comparison.html: the table, what it says, and its plots, in one page without network or JavaScript."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from trsp_fast.report.comparison import sentences, summaries, table_head, table_rows
+from trsp_fast.report.html import settings, template
+from trsp_fast.report.plots import (
+    gates_by_step,
+    quality_by_removed,
+    quality_by_seconds,
+    similarity_by_layer,
+    strips,
+)
+
+
+def write_page(values: dict[str, Any], path: Path) -> None:
+    """Render what comparison.json holds; see trsp_fast.compare.output."""
+    rows, layers = values["arms"], values["layers"]
+    page = template("comparison.html.j2").render(
+        c=values,
+        head=table_head(rows),
+        rows=table_rows(rows),
+        sentences=[_bold(text) for text in sentences(rows, layers)],
+        plots=plots(values),
+        settings=settings(values),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def plots(values: dict[str, Any]) -> list[tuple[str, Markup]]:
+    """(caption, SVG) of every plot that the numbers allow."""
+    rows, layers = values["arms"], values["layers"]
+    found = summaries(rows)
+    drawn: list[tuple[str, str]] = []
+    if len({s.removed for s in found if s.removed}) > 1:
+        drawn.append(
+            (
+                "Quality against the share of layers removed; bars from smallest to largest seed",
+                quality_by_removed(rows, layers),
+            )
+        )
+    if any(s.removed for s in found):
+        drawn.append(("Quality against the seconds of choosing and training", quality_by_seconds(rows)))
+        drawn.append(("Which layers go, first seed; equal choices are shown once", strips(found, layers)))
+    for key, evidence in values["evidence"].items():
+        arm, removed = key.rsplit(" ", 1)
+        gone: list[int] = next(
+            (row["layers"] for row in rows if (row["arm"], str(row["removed"])) == (arm, removed)), []
+        )
+        name = re.sub(r"\W", "-", key)
+        if evidence["gates"] and arm in ("trsp", "trsp-paper"):
+            drawn.append(
+                (
+                    f"Gates over the steps of stage 1, {arm}, {removed} layers",
+                    gates_by_step(evidence["gates"], gone, name),
+                )
+            )
+        if arm in ("trsp", "trsp-paper", "lm-then-cut"):
+            drawn.append(
+                (
+                    f"Similarity of each layer's input and output, {arm}, {removed} layers, all on",
+                    similarity_by_layer(evidence["similarity"], gone, name),
+                )
+            )
+    return [(caption, Markup(svg)) for caption, svg in drawn]
+
+
+def _bold(text: str) -> Markup:
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))
