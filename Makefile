@@ -20,6 +20,10 @@ checksum = $(firstword $(shell echo '$(1)' | cksum))
 PYTHON_STAMP := $(VENV)/.python-$(call checksum,$(PYTHON))
 PACKAGE_STAMP := $(VENV)/.package-$(call checksum,$(TORCH) $(TRITON))
 PACKAGE_SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/cuda/*)
+# Tests side by side, a process per core and a thread per process; JOBS=0 runs them one after the other.
+JOBS ?= auto
+SIDE_BY_SIDE := OMP_NUM_THREADS=1
+PYTEST_JOBS := -n $(JOBS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
 .PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench lint format clean
@@ -55,11 +59,11 @@ demo: setup ## prune the built-in model and write its checkpoint and report to b
 	@$(BIN)/trsp-fast demo --out $(DEMO)
 
 test: setup ## the tests without the slow ones
-	@$(BIN)/pytest -m "not slow"
+	@$(SIDE_BY_SIDE) $(BIN)/pytest $(PYTEST_JOBS) -m "not slow"
 
 # pytest exits with 5 when no test is marked slow.
 test-slow: setup ## the slow tests
-	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
+	@$(SIDE_BY_SIDE) $(BIN)/pytest $(PYTEST_JOBS) -m slow || { status=$$?; [ $$status -eq 5 ] && echo "test-slow: there are no slow tests"; }
 
 families: setup ## prove every family and write docs/families.md from it
 	@mkdir -p docs
@@ -103,7 +107,7 @@ $(OLDEST_STAMP): $(PACKAGE_STAMP)
 
 test-oldest: $(OLDEST_STAMP) ## the tests of models with the oldest transformers that is supported
 	@$(OLDEST)/bin/python -P -c 'import transformers; print("transformers", transformers.__version__)'
-	@$(OLDEST)/bin/python -P -m pytest -q -m "not slow" tests/models tests/select tests/test_transfer.py
+	@$(SIDE_BY_SIDE) $(OLDEST)/bin/python -P -m pytest $(PYTEST_JOBS) -q -m "not slow" tests/models tests/select tests/test_transfer.py
 
 test-all: test test-slow test-oldest lint ## test, test-slow, test-oldest and lint
 

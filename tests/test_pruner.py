@@ -121,24 +121,30 @@ def test_a_bound_without_evaluation_is_refused(llama, tokens):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The built-in model, calibration and evaluation windows of this interpreter's library, and the chosen layers."""
+    """The built-in model, calibration and evaluation windows of this interpreter's library."""
     model = load_model(str(demo_model()), dtype="float32", device="cpu")
     streams = load_streams("demo", load_tokenizer(str(demo_model())))
-    tokens = calibration_windows(streams.calibration, 128, 256, seed=0)
+    return model, calibration_windows(streams.calibration, 128, 256, 0), evaluation_windows(streams.evaluation, 256, 32)
+
+
+@pytest.fixture(scope="module")
+def chosen(demo):
+    """What the default preset would do to the built-in model, and the layers it chooses."""
+    model, tokens, _ = demo
     settings = trsp.TRSPConfig.from_dict({"num_layers": 3})
-    layers = sorted(choose_layers(model, tokens, settings).layers)
-    return model, tokens, evaluation_windows(streams.evaluation, 256, 32), settings, layers
+    return settings, sorted(choose_layers(model, tokens, settings).layers)
 
 
 def test_the_demo_model_knows_its_subject(demo):
-    model, _, evaluation, _, _ = demo
+    model, _, evaluation = demo
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(2.7e6, rel=0.05)
     assert trsp.perplexity(model, evaluation) < 18  # 32 windows of whatever library this interpreter has
     assert sum(f.stat().st_size for f in demo_model().iterdir()) < 8_000_000
 
 
-def test_the_choice_is_far_better_than_the_worst(demo):
-    model, _, evaluation, _, layers = demo
+@pytest.mark.slow
+def test_the_choice_is_far_better_than_the_worst(demo, chosen):
+    (model, _, evaluation), (_, layers) = demo, chosen
     assert len(layers) == 3
     assert 0 not in layers  # without it the model knows nothing
     with bypassed(model, layers):
@@ -148,9 +154,10 @@ def test_the_choice_is_far_better_than_the_worst(demo):
     assert chosen < last
 
 
-def test_stage_2_moves_the_knowledge_out(demo):
+@pytest.mark.slow
+def test_stage_2_moves_the_knowledge_out(demo, chosen):
     """Default preset: D falls by half, and of the jump in loss at the cut at most a quarter is left."""
-    model, tokens, evaluation, settings, layers = demo
+    (model, tokens, evaluation), (settings, layers) = demo, chosen
     model = copy.deepcopy(model)
     dense = mean_loss(model, evaluation)
     with bypassed(model, layers):

@@ -54,6 +54,15 @@ def layer_list(text: str | None) -> list[int]:
         raise UserError(f"layers are {text!r}; give whole numbers with commas, for example 3,6,9.") from None
 
 
+def number_list(name: str, text: str | None, kind: type[int] | type[float]) -> list[Any]:
+    """Numbers with commas between them; none for no text."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{name} is {text!r}; give {what} with commas.") from None
+
+
 def on_disk(checkpoint: str, revision: str | None, only: str | None = None) -> str:
     """The checkpoint's folder; one of the hub, or `only` a file of it, is fetched into the hub's cache first."""
     if Path(checkpoint).is_dir():

@@ -1,14 +1,39 @@
-"""eval and report: how good a model is."""
+"""eval, compare and report: how good a model is, and a way of pruning."""
 
+import json
 import math
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trsp_fast.cli.app import app
-from trsp_fast.cli.common import load, print_answer, tokenizer_of
-from trsp_fast.cli.options import Data, Device, Dtype, Json, Model, RemoteCode, Revision
+from trsp_fast.cli.common import (
+    EVALUATION_WINDOWS,
+    config_values,
+    load,
+    number_list,
+    print_answer,
+    table,
+    tokenizer_of,
+)
+from trsp_fast.cli.options import (
+    ConfigFile,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Preset,
+    RemoteCode,
+    Restart,
+    Resume,
+    Revision,
+    Settings,
+    resolved,
+)
 from trsp_fast.errors import UserError
 
 
@@ -41,6 +66,88 @@ def evaluate(
     answer = {"model": model, "data": data, "perplexity": finite, "tokens": tokens.numel(), "seq_len": tokens.shape[1]}
     print_answer(
         answer, as_json, f"perplexity {value:.4f} on {tokens.numel():,} tokens in windows of {tokens.shape[1]}"
+    )
+
+
+@app.command()
+def compare(
+    model: Model,
+    data: Annotated[str | None, typer.Option("--data", help="As for prune; the built-in model's is demo.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of table, page and numbers.")] = Path("comparison"),
+    ratio: Annotated[str | None, typer.Option("--ratio", help="Shares of the layers, for example 0.125,0.25.")] = None,
+    num_layers: Annotated[str | None, typer.Option("--num-layers", help="Numbers of layers, for example 1,2.")] = None,
+    arms: Annotated[str, typer.Option("--arms", help="core, all, or names with commas; see docs/results.md.")] = "core",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of calibration windows and order.")] = "0,1,2",
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text of another domain.")] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    preset: Preset = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    allow_remote_code: RemoteCode = False,
+    resume: Resume = False,
+    restart: Restart = False,
+    as_json: Json = False,
+) -> None:
+    """Prune in many ways with the same tokens, and say which way is best."""
+    from trsp_fast.compare.arms import chosen_arms
+    from trsp_fast.compare.output import compare_into
+    from trsp_fast.compare.runner import layer_counts
+    from trsp_fast.config import TRSPConfig
+    from trsp_fast.data import check_source
+    from trsp_fast.pruner import versions
+    from trsp_fast.report.comparison import sentences, table_head, table_rows
+    from trsp_fast.run.output import check_output
+
+    chosen, numbers = chosen_arms(arms), number_list("seeds", seeds, int)
+    values = config_values(None, None, None, None, preset, config, settings, device, dtype)
+    base = TRSPConfig.from_dict(values)
+    if data is None:
+        if model != resolved("demo"):
+            raise UserError("--data is missing; give what to calibrate and evaluate on.")
+        data = "demo"
+    for source in (data, eval_data):
+        check_source(source)
+    check_output(out, resume=resume)
+    loaded = load(model, base, revision, allow_remote_code)
+    counts = layer_counts(loaded, number_list("ratio", ratio, float), number_list("num_layers", num_layers, int))
+    comparer = _comparer(loaded, tokenizer_of(model, data, revision, allow_remote_code), data, eval_data, base, as_json)
+    about = {
+        "model": "the built-in demo model" if model == resolved("demo") else model,
+        "data": data,
+        "evaluation_data": eval_data,
+        "command": shlex.join(["trsp-fast", *sys.argv[1:]]),
+        "versions": versions(),
+    }
+    found = compare_into(out, comparer, chosen, counts, numbers, about, resume=resume, restart=restart)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table(table_head(found["arms"]), table_rows(found["arms"]))
+    text = "\n".join(sentences(found["arms"], found["layers"])).replace("**", "")
+    print(f"{text}\ntable, page and numbers: {out}")
+
+
+def _comparer(loaded: Any, tokenizer: Any, data: str, eval_data: str | None, config: Any, as_json: bool) -> Any:
+    """The model with its calibration windows by seed, and what is evaluated on."""
+    from trsp_fast import data as sources
+    from trsp_fast.compare.runner import Comparer
+    from trsp_fast.report.terminal import progress_listener
+    from trsp_fast.run.events import Events
+
+    streams = sources.load_streams(data, tokenizer)
+    length = sources.window_length(loaded.config, config.data.seq_len)
+    other = None
+    if eval_data is not None:
+        other = sources.evaluation_windows(sources.evaluation_stream(eval_data, tokenizer), length, EVALUATION_WINDOWS)
+    return Comparer(
+        loaded,
+        lambda seed: sources.calibration_windows(streams.calibration, config.data.samples, length, seed),
+        sources.evaluation_windows(streams.evaluation, length, EVALUATION_WINDOWS),
+        config,
+        other,
+        events=Events() if as_json else Events(progress_listener(only=("arm", "arm_done", "note"))),
     )
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trsp_fast import laco
 from trsp_fast.compare.arms import Arm
 from trsp_fast.config import TRSPConfig
-from trsp_fast.laco import merge as merge_layers
+from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import bypassed
 from trsp_fast.report.perplexity import perplexity
@@ -69,6 +70,10 @@ class Comparer:
     done: Callable[[Comparison], None] = lambda comparison: None
 
     def __post_init__(self) -> None:
+        if self.config.select.train_weights:
+            raise UserError(
+                "select.train_weights is true; several arms share a choice of layers here, set it to false."
+            )
         self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
 
     def run(
@@ -81,12 +86,15 @@ class Comparer:
             for seed in seeds
             for count in counts
             for arm in arms
-            if not _redundant(arm, count, counts)
+            if not _redundant(arm, count, counts) and not found.has(arm.name, seed, count)
         ]
+        began = time.perf_counter()
         for index, (arm, count, seed) in enumerate(wanted):
-            if found.has(arm.name, seed, count):
-                continue
-            self.events.emit("arm", arm=arm.name, seed=seed, removed=count, index=index, arms=len(wanted))
+            left = (time.perf_counter() - began) / index * (len(wanted) - index) if index else None
+            removed = 0 if arm.select is None and not arm.merges else count
+            self.events.emit(
+                "arm", arm=arm.name, seed=seed, removed=removed, index=index, arms=len(wanted), seconds_left=left
+            )
             try:
                 found.rows.append(self._row(arm, count, seed, found, seed == seeds[0]))
             finally:
@@ -100,8 +108,9 @@ class Comparer:
         row: dict[str, Any] = {"arm": arm.name, "seed": seed, "removed": count, "tokens": 0, "window_forwards": 0}
         if arm.merges:
             began = time.perf_counter()
-            small, record = merge_layers(self.model, count, tokens)
-            row |= {"layers": record["removed_layers"], "seconds_select": time.perf_counter() - began}
+            small, collapse = laco.merge(self.model, count, tokens)
+            row["layers"] = sorted(layer for group in collapse.groups for layer in group[1:])
+            row |= {"seconds_select": time.perf_counter() - began, "window_forwards": collapse.window_forwards}
             return self._judged(row | {"seconds_transfer": 0.0}, small)
         selection, seconds = self._selection(arm, count, config, tokens, found)
         row |= {"seconds_select": seconds, "window_forwards": selection.window_forwards}
@@ -169,6 +178,8 @@ def layer_counts(model: PreTrainedModel, ratios: Sequence[float], numbers: Seque
     Raises:
         UserError: a share or number that removes none or all of them.
     """
+    if not ratios and not numbers:
+        raise UserError("nothing says how much to remove; give --ratio or --num-layers.")
     total = len(layer_stack(model))
     configs = [TRSPConfig(ratio=ratio) for ratio in ratios] + [TRSPConfig(num_layers=number) for number in numbers]
     return sorted({config.layer_count(total) for config in configs})

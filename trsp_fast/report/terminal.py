@@ -29,10 +29,14 @@ _PERPLEXITIES = {
 }
 
 
-def progress_listener() -> Listener:
-    """Shows events: a bar with time left per stage on a terminal, a line per round or tenth of a stage elsewhere."""
+def progress_listener(only: Sequence[str] = ()) -> Listener:
+    """Shows events: a bar with time left per stage on a terminal, a line per round or tenth of a stage elsewhere.
+
+    Args:
+        only: kinds of events that have a line, where not all that could.
+    """
     console = Console()
-    return _Bars(console) if console.is_terminal else _Lines(console)
+    return _Bars(console, only) if console.is_terminal else _Lines(console, only)
 
 
 @contextmanager
@@ -47,10 +51,12 @@ def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 class _Lines:
     """One plain line for what matters; steps of stage 2 at every tenth."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, only: Sequence[str] = ()) -> None:
+        self.console, self.only = console, only
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        if self.only and kind not in self.only:
+            return
         text = _sentence(kind, values)
         if kind == "transfer_step" and (values["step"] + 1) % max(1, values["steps"] // 10) == 0:
             text = f"stage 2: step {values['step'] + 1}/{values['steps']}, loss {values['loss']:.3f}"
@@ -61,15 +67,15 @@ class _Lines:
 class _Bars:
     """One bar per stage, removed when the stage is over; sentences stay above it."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, only: Sequence[str] = ()) -> None:
+        self.console, self.only = console, only
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.stage = ""
         self.tokens = 0  # of a step
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
-        if kind in ("phase", "selected", "perplexity", "checks", "end"):
+        if kind in ("phase", "selected", "perplexity", "checks", "end", "arm", "arm_done"):
             self._close()
         if kind == "plan":
             self.tokens = values["tokens"]
@@ -79,7 +85,7 @@ class _Bars:
             self._advance("stage 1", note, values)
         if kind == "transfer_step":
             self._advance("stage 2", f"loss {values['loss']:.3f}", values)
-        text = _sentence(kind, values)
+        text = _sentence(kind, values) if not self.only or kind in self.only else None
         if text:
             self.console.print(text, highlight=False)
 
@@ -127,6 +133,13 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
     if kind == "resumed":
         place = f"round {values['round'] + 1} of stage 1" if values["stage"] == "select" else "stage 2"
         return f"going on with step {values['step'] + 1}, {place}"
+    if kind == "arm":
+        left = values["seconds_left"]
+        when = f", about {left / 60:.0f} minutes left" if left is not None else ""
+        gone = f"{values['removed']} layers, " if values["removed"] else ""
+        return f"{values['index'] + 1} of {values['arms']}{when}: {values['arm']}, {gone}seed {values['seed']}"
+    if kind == "arm_done":
+        return f"  perplexity {figure_text(values['perplexity'])} in {values['seconds']:.0f} s"
     if kind == "gates_discarded":
         return f"gates discarded: loss {values['loss_with_gates']:.3f} -> {values['loss_without_gates']:.3f}"
     return None
