@@ -111,6 +111,53 @@ def test_distillation_pulls_towards_the_untouched_model(llama, tokens):
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
 
+def test_hidden_states_are_pulled_towards_the_untouched_models(llama, tokens):
+    """From the untouched model itself the first distance is 0; with layers cut first it falls, without logits too."""
+    settings = {"objective": "lm", "hidden": 20.0, "epochs": 1}
+    assert transfer(copy.deepcopy(llama), tokens, [1], config(**settings))[0]["hidden"] == pytest.approx(0, abs=1e-9)
+    settings |= {"gate": "anneal", "hold": 1.0, "epochs": 30, "lr": 3e-3}
+    without = transfer(copy.deepcopy(llama), tokens, [1, 5], config(**settings | {"hidden": 1e-9}))
+    history = transfer(llama, tokens, [1, 5], config(**settings))
+    assert history[0]["hidden"] > 0.05
+    assert history[-1]["hidden"] < 0.9 * history[0]["hidden"]
+    assert without[-1]["hidden"] > without[0]["hidden"]
+    assert history[0]["loss"] == pytest.approx(history[0]["lm_loss"] + history[0]["hidden"])
+
+
+@pytest.mark.parametrize("trainable", ["all", "neighbours"])
+def test_stored_states_are_the_untouched_model(llama, tokens, trainable, monkeypatch):
+    """The same history whether states were stored or a second model is asked, at both ends of the stack."""
+    settings = config(objective="distill", hidden=1.0, gate="anneal", hold=0.5, epochs=3, lr=3e-3, trainable=trainable)
+    twin, seen = copy.deepcopy(llama), []
+    stored = transfer(
+        llama, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
+    )
+    monkeypatch.setattr("trsp_fast.engine.session.STATES_SHARE", 1 << 60)
+    asked = transfer(
+        twin, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
+    )
+    assert [event["stored"] for event in seen] == [True, False]
+    for name in ("loss", "hidden", "lm_loss"):
+        assert [e[name] for e in stored] == pytest.approx([e[name] for e in asked], rel=2e-5, abs=1e-7)
+
+
+def test_the_hidden_distance_is_its_definition(llama, tokens):
+    """Mean over the layers that stay, but the first, and the end of the stack, against a loop by hand."""
+    settings = config(objective="distill", hidden=3.0, gate="anneal", hold=1.0, epochs=1, lr=0.0)
+    with torch.no_grad():
+        whole = llama(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[:-1]
+        last = []
+        handle = llama.model.layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
+        llama(input_ids=tokens, use_cache=False)
+        with bypassed(llama, [2, 3]):
+            cut = llama(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[:-1]
+        handle.remove()
+    pairs = [(cut[i], whole[i]) for i in (1, 4, 5)] + [(last[1], last[0])]
+    shares = [((a - b).square().flatten(1).sum(1) / b.square().flatten(1).sum(1)).mean() for a, b in pairs]
+    history = transfer(llama, tokens, [2, 3], TRSPConfig.from_dict(settings.to_dict() | {"data": {"batch": 8}}))
+    assert history[0]["hidden"] == pytest.approx(3.0 * float(torch.stack(shares).mean()), rel=1e-5)
+
+
 def test_cut_first_leaves_the_cut_layers_untouched(llama, tokens):
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
     transfer(llama, tokens, [1, 4], config(gate="anneal", hold=1.0))
@@ -194,7 +241,7 @@ def test_neighbours_alone_learn_and_the_rest_is_shared_with_the_teacher(llama, t
     assert "model.norm.weight" in changed
     assert "model.embed_tokens.weight" not in changed
     named = trainable_weights(llama, [2, 3], "neighbours")
-    teacher = transfer_module._teacher(llama, named)
+    teacher = transfer_module._twin(llama, named)
     for (name, own), theirs in zip(llama.named_parameters(), teacher.parameters(), strict=True):
         assert (own is theirs) == (name not in named)
 

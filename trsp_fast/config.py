@@ -55,6 +55,7 @@ class TransferConfig:
     lambda_schedule: lambda2 `constant`, or `grow` linearly from 0 to lambda2.
     detach_input: D moves the chosen layer only, not the layers before it.
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
+    hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps.
     epochs: passes over the calibration data; 0 skips stage 2.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
@@ -67,6 +68,7 @@ class TransferConfig:
     lambda_schedule: str = _setting("constant", choices=("constant", "grow"))
     detach_input: bool = _setting(True)
     objective: str = _setting("distill", choices=("lm", "distill"))
+    hidden: float = _setting(0.0, low=0)
     gate: str = _setting("anneal", choices=("none", "anneal"))
     hold: float = _setting(0.8, low=0, high=1)
     epochs: int = _setting(3, low=0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.memory import MemoryPlan, plan_memory
-from trsp_fast.engine.objective import WindowOrder
+from trsp_fast.engine.objective import INFERENCE_BATCH, WindowOrder
 from trsp_fast.engine.optimizers import (
     STATE_BYTES,
     Named,
@@ -27,6 +27,7 @@ from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
+from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import LayerGates
@@ -34,6 +35,7 @@ from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import State, fitting
 
+_SCALARS = ("loss", "lm_loss", "penalty", "hidden")
 BATCH = 4  # windows a step by default: many small steps, since few tokens are spent
 
 
@@ -42,7 +44,8 @@ class _Training:
     """What one call of `transfer` carries from step to step; `done` steps of `steps` are finished."""
 
     model: PreTrainedModel
-    teacher: PreTrainedModel | None
+    teacher: Teacher | None
+    tap: InputTap  # of the model, at the layers that the teacher has states of
     settings: TransferConfig
     session: Session
     gates: LayerGates
@@ -52,7 +55,7 @@ class _Training:
     masters: Masters
     weights: Named
     optimizer: torch.optim.Optimizer
-    objective: Callable[[Tensor], tuple[Tensor, Tensor]] = field(init=False)
+    objective: Callable[[Tensor, Any], tuple[Tensor, Tensor]] = field(init=False)
     done: int = 0
     readback: Readback = field(default_factory=Readback)
     streak: Streak = field(default_factory=lambda: Streak("2", "transfer.lr"))
@@ -81,7 +84,8 @@ def transfer(
         session: what a run carries from stage to stage; see trsp_fast.engine.session.
 
     Returns:
-        One entry per step: step, loss, lm_loss, penalty (lambda2 * sum of D), D by layer (null while bypassed), gate,
+        One entry per step: step, loss, lm_loss, penalty (lambda2 * sum of D), hidden (weighted too), D by layer (null
+        while bypassed), gate,
         lambda2, lr, gradient_norm.
 
     Raises:
@@ -97,7 +101,7 @@ def transfer(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     weights = trainable_weights(model, layers, settings.trainable)
-    teacher = _teacher(model, weights) if settings.objective == "distill" else None
+    teacher = _teacher(model, tokens, layers, weights, settings, session) if _imitates(settings) else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
     try:
@@ -108,7 +112,10 @@ def transfer(
             session.keeper.steps(),
         ):
             optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
-            run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
+            tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
+            run = _Training(
+                model, teacher, tap, settings, session, gates, tokens, order, steps, masters, weights, optimizer
+            )
             run.objective = _choose_objective(run, config.run.deterministic)
             plan = session.plan("transfer", order.batch * tokens.shape[1], lambda: _plan(run))
             if config.run.compile:
@@ -147,7 +154,40 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
     return {name: parameter for name, parameter in named.items() if parameter in wanted}
 
 
-def _teacher(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
+def _imitates(settings: TransferConfig) -> bool:
+    return settings.objective == "distill" or settings.hidden > 0
+
+
+def _points(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> list[int]:
+    """Where hidden states are imitated: what each layer that stays is given, and what the last one hands on.
+
+    Layer 0 is given embeddings in both, so that nothing is to be learned there.
+    """
+    if not settings.hidden:
+        return []
+    total = len(layer_stack(model))
+    return [layer for layer in range(1, total) if layer not in layers] + [total]
+
+
+def _teacher(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    layers: Sequence[int],
+    trained: Named,
+    settings: TransferConfig,
+    session: Session,
+) -> Teacher:
+    """The untouched model: its states of all windows, or copies of the weights that will be trained, others shared."""
+    points = _points(model, layers, settings)
+
+    def copied() -> Teacher:
+        held = sum(parameter.nbytes for parameter in trained.values())
+        return UntouchedModel(_twin(model, trained), points, held)
+
+    return session.teacher(model, tokens, points, INFERENCE_BATCH, copied)
+
+
+def _twin(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
     """The untouched model: copies of the weights that will be trained, the others shared."""
     ids = {id(parameter) for parameter in trained.values()}
     shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
@@ -163,12 +203,10 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
 
 def _plan(run: _Training) -> MemoryPlan:
     trained = sum(parameter.numel() for parameter in run.weights.values())
-    own = {id(parameter) for parameter in run.weights.values()}
-    teacher = sum(p.nbytes for p in run.teacher.parameters() if id(p) not in own) if run.teacher is not None else 0
 
     def step(windows: int) -> None:
-        loss, *_ = _losses(run, torch.arange(windows), run.settings.lambda2)
-        loss.backward()
+        scalars, _ = _losses(run, torch.arange(windows), run.settings.lambda2)
+        scalars["loss"].backward()
 
     return plan_memory(
         run.model,
@@ -176,7 +214,7 @@ def _plan(run: _Training) -> MemoryPlan:
         min(run.order.batch, len(run.tokens)),
         run.tokens.shape[1],
         gated=run.gates.layers,
-        held={"fp32 copies": run.masters.growth, "untouched model": teacher},
+        held={"fp32 copies": run.masters.growth, "untouched model": run.teacher.held if run.teacher else 0},
         coming={"optimiser": round(STATE_BYTES[run.settings.optimizer] * trained)},
         gradients=4 * trained,
     )
@@ -218,14 +256,14 @@ def _step(run: _Training) -> None:
 
     def begin() -> None:
         run.optimizer.zero_grad()
-        sums.update({name: torch.zeros((), device=device) for name in ("loss", "lm_loss", "penalty")})
+        sums.update({name: torch.zeros((), device=device) for name in _SCALARS})
         # one value in all processes, also in one without rows; NaN says that layers have no D
         sums["D"] = torch.full_like(gates.values, 0.0 if gates.with_norms else math.nan)
 
     def work(part: Tensor, share: float) -> None:
-        loss, lm_loss, penalty, distances = _losses(run, part, weight)
-        (loss * share).backward()
-        for name, value in (("loss", loss), ("lm_loss", lm_loss), ("penalty", penalty)):
+        scalars, distances = _losses(run, part, weight)
+        (scalars["loss"] * share).backward()
+        for name, value in scalars.items():
             sums[name] += value.detach() * share
         for layer, d in distances.items():
             sums["D"][layer] += d.detach() * share
@@ -242,23 +280,34 @@ def _step(run: _Training) -> None:
     step_if(run.optimizer, finite)
 
 
-def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
-    """Of some windows: what is minimised, the language model loss, the weighted penalty, and D by layer."""
+def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """Of some windows: `_SCALARS`, and D by layer.
+
+    loss is what is minimised: the objective, plus the weighted penalty, plus the weighted distance of hidden states.
+    """
+    tokens = run.tokens[rows].to(run.gates.values.device)
     with run.masters.autocast:
-        objective, lm_loss = run.objective(run.tokens[rows].to(run.gates.values.device))
+        targets = run.teacher.targets(rows, tokens) if run.teacher is not None else None
+        objective, lm_loss = run.objective(tokens, targets)
     distances = run.gates.distances(run.settings.norm)
-    penalty = weight * torch.stack(list(distances.values())).sum() if distances else objective.new_zeros(())
-    return objective + penalty, lm_loss, penalty, distances
+    nothing = objective.new_zeros(())
+    penalty = weight * torch.stack(list(distances.values())).sum() if distances else nothing
+    hidden = nothing
+    if targets is not None and targets.inputs:
+        hidden = run.settings.hidden * hidden_distance(run.tap.taken, targets.inputs)
+    return {"loss": objective + penalty + hidden, "lm_loss": lm_loss, "penalty": penalty, "hidden": hidden}, distances
 
 
-def _choose_objective(run: _Training, reproducible: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What is minimised, and the language model loss, of windows of tokens."""
+def _choose_objective(run: _Training, reproducible: bool) -> Callable[[Tensor, Any], tuple[Tensor, Tensor]]:
+    """What is minimised, and the language model loss, of windows of tokens and the teacher's `Targets`."""
     window = run.tokens[:1].to(run.gates.values.device)
     with run.masters.autocast:
-        if run.teacher is not None:
-            return run.session.distillation(run.model, run.teacher, window)
+        if run.settings.objective == "distill":
+            assert run.teacher is not None
+            distillation = run.session.distillation(run.model, run.teacher, window)
+            return distillation
         loss = run.session.loss(run.model, window, reproducible=reproducible)
-    return lambda tokens: (loss(tokens),) * 2
+    return lambda tokens, _targets: (loss(tokens),) * 2
 
 
 def _note(run: _Training, step: int, rows: Tensor, settings: dict[str, float], host: Figures) -> None:
@@ -270,6 +319,7 @@ def _note(run: _Training, step: int, rows: Tensor, settings: dict[str, float], h
         "loss": float(host["loss"]),
         "lm_loss": float(host["lm_loss"]),
         "penalty": float(host["penalty"]),
+        "hidden": float(host["hidden"]),
         "D": {layer: None if math.isnan(d) else d for layer, d in distances.items()},
         **settings,
         "gradient_norm": float(host["norm"]),

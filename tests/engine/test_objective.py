@@ -25,6 +25,7 @@ from trsp_fast.engine.losses import (
 )
 from trsp_fast.engine.objective import distillation_loss, language_model_loss, mean_loss
 from trsp_fast.engine.precision import fp32_weights
+from trsp_fast.engine.teacher import UntouchedModel
 from trsp_fast.models import families
 from trsp_fast.models.families import FAMILIES, Family
 from trsp_fast.models.gates import LayerGates
@@ -319,6 +320,16 @@ def test_mean_loss_by_a_choice(llama, tokens, monkeypatch):
 # ---- distillation
 
 
+def targets(teacher, tokens):
+    return UntouchedModel(teacher, [], 0).targets(torch.arange(len(tokens)), tokens)
+
+
+def distillation(student, teacher, *args, **kwargs):
+    """Of windows: the distance from a teacher that is asked there and then."""
+    choice = Distillation(student, output_head(teacher), *args, **kwargs)
+    return lambda tokens: choice(tokens, targets(teacher, tokens))
+
+
 def perturbed(model):
     """A student that is not its teacher."""
     student = copy.deepcopy(model)
@@ -341,7 +352,7 @@ def test_chunked_distillation_is_distillation(name, share, tokens):
 
     output = student(input_ids=tokens, labels=tokens, use_cache=False)
     whole = distillation_loss(output.logits, teacher(input_ids=tokens, use_cache=False).logits)
-    objective, lm_loss = chunked(tokens)
+    objective, lm_loss = chunked(tokens, targets(teacher, tokens))
     assert not lm_loss.requires_grad
     assert float(lm_loss) == pytest.approx(float(output.loss.detach()), rel=2e-6)
     assert float(objective.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
@@ -351,7 +362,7 @@ def test_chunked_distillation_is_distillation(name, share, tokens):
 
 def test_full_distillation_is_as_before(llama, tokens):
     student = perturbed(llama)
-    objective, lm_loss = Distillation(student, llama)(tokens)
+    objective, lm_loss = distillation(student, llama)(tokens)
     output = student(input_ids=tokens, labels=tokens, use_cache=False)
     assert torch.equal(objective, distillation_loss(output.logits, llama(input_ids=tokens, use_cache=False).logits))
     assert torch.equal(lm_loss, output.loss.detach())
@@ -361,8 +372,8 @@ def test_chunked_distillation_under_autocast(llama, tokens):
     """bf16 multiplies alike on both paths; only sums differ: those of the weights' gradient over chunks, in bf16."""
     student = perturbed(llama)
     with torch.autocast("cpu", torch.bfloat16):
-        whole, lm_whole = Distillation(student, llama)(tokens)
-        chunked, lm_chunked = Distillation(student, llama, CHUNKED_DISTILLATION, budget=400_000)(tokens)
+        whole, lm_whole = distillation(student, llama)(tokens)
+        chunked, lm_chunked = distillation(student, llama, CHUNKED_DISTILLATION, budget=400_000)(tokens)
     assert float(chunked.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     assert float(lm_chunked) == pytest.approx(float(lm_whole), rel=1e-5)
     assert largest_share(gradients(student, chunked), gradients(student, whole)) < 2**-6
@@ -374,7 +385,7 @@ def test_no_chunk_has_more_logits_than_the_budget(llama, tokens, monkeypatch):
     monkeypatch.setattr(heads, "_distillation_sums", lambda h, *part: seen.append(len(part[0])) or real(h, *part))
     student, head = perturbed(llama), output_head(llama)
     budget = logits_bytes(head, 30, head)
-    objective, _ = Distillation(student, llama, CHUNKED_DISTILLATION, budget=budget)(tokens)
+    objective, _ = distillation(student, llama, CHUNKED_DISTILLATION, budget=budget)(tokens)
     assert (sum(seen), max(seen)) == (tokens.numel(), 26)  # 128 in fifths
     objective.backward()
     assert len(seen) == 10  # each once more

@@ -12,7 +12,7 @@ from trsp_fast.run.events import Events
 
 ROWS = torch.tensor([4, 0, 2])
 SHARED_KV = {"gemma3n", "gemma4"}  # layer 3 makes the keys and values of layers 5 to 7
-# With how many rows a matrix is multiplied changes its rounding, and experts get few: on which processors, nobody knows.
+# With how many rows a matrix is multiplied changes its rounding on some processors, and experts get few.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 

@@ -26,6 +26,7 @@ from trsp_fast.engine.head import (
     plain_cross_entropy,
 )
 from trsp_fast.engine.objective import distillation_loss, language_model_loss
+from trsp_fast.engine.teacher import Targets
 from trsp_fast.run.events import Events
 
 OWN = "the model's own"
@@ -61,27 +62,32 @@ class LossChoice:
 
 @dataclass(frozen=True)
 class Distillation:
-    """KL(teacher || student) per token and the student's mean next-token loss (no gradient), both 0-D, of windows."""
+    """KL(teacher || student) per token and the student's mean next-token loss (no gradient), both 0-D, of windows.
+
+    teacher_head: the untouched model's, where it is plain; `Targets` have logits where it is not.
+    """
 
     model: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher_head: nn.Linear | None
     name: str = FULL_DISTILLATION
     reason: str = "as asked"
     budget: int | None = None
 
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        head, before_head = self.teacher_head, targets.before_head
         if self.name == FULL_DISTILLATION:
             output = self.model(input_ids=tokens, labels=tokens, use_cache=False)
             with torch.no_grad():
-                target = self.teacher(input_ids=tokens, use_cache=False).logits
-            return distillation_loss(output.logits, target), output.loss.detach()
-        heads = output_head(self.model), output_head(self.teacher)
-        with torch.no_grad():
-            target = hidden_states(self.teacher, tokens)
+                logits = targets.logits if head is None or before_head is None else head(before_head)
+            assert logits is not None
+            return distillation_loss(output.logits, logits), output.loss.detach()
+        assert head is not None
+        assert before_head is not None
+        heads = output_head(self.model), head
         states = hidden_states(self.model, tokens)
         needed = logits_bytes(heads[0], tokens.numel(), heads[1])
         chunks = min(tokens.numel(), math.ceil(needed / self.budget)) if self.budget else 1
-        return chunked_distillation(heads, (states, target), tokens, chunks)
+        return chunked_distillation(heads, (states, before_head), tokens, chunks)
 
 
 def paired_seconds(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
@@ -165,10 +171,13 @@ def choose_distillation(
     """The distillation of a stage, chosen on its first batch; emits the event `loss` with name and reason.
 
     In chunks, which compute the logits twice, only where all of them exceed `budget` bytes and both heads are plain.
+
+    Args:
+        teacher: the untouched model; before training, `model` itself.
     """
     name, reason = _choose_distillation(model, teacher, tokens, budget)
     (events or Events()).emit("loss", name=name, reason=reason)
-    return Distillation(model, teacher, name, reason, budget)
+    return Distillation(model, None if obstacle(teacher) else output_head(teacher), name, reason, budget)
 
 
 def _choose_distillation(

@@ -1,7 +1,7 @@
 """What a run hands to its stages: who listens, what is kept, in which pieces a batch is computed, by how many."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,13 +9,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.engine.distributed import Group
-from trsp_fast.engine.losses import Distillation, LossChoice, choose_distillation, choose_loss, paired_seconds
+from trsp_fast.engine.head import obstacle
+from trsp_fast.engine.losses import (
+    FULL_DISTILLATION,
+    Distillation,
+    LossChoice,
+    choose_distillation,
+    choose_loss,
+    paired_seconds,
+)
 from trsp_fast.engine.memory import MemoryPlan, free_memory, is_out_of_memory
+from trsp_fast.engine.teacher import Teacher, store_states, stored_bytes
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper
 
 LOGITS_SHARE = 4  # all logits of one window may take one part in so many of the free memory
+STATES_SHARE = 4  # and the untouched model's states one part in so many of the host's
 
 
 @dataclass
@@ -62,15 +72,38 @@ class Session:
 
         return LossChoice(model, **self.decide("loss", make))
 
-    def distillation(self, model: PreTrainedModel, teacher: PreTrainedModel, window: Tensor) -> Distillation:
-        """The distance to the untouched model's logits, chosen on one window."""
+    def distillation(self, model: PreTrainedModel, teacher: Teacher, window: Tensor) -> Distillation:
+        """The distance to the untouched model's logits, chosen on one window before anything is trained."""
         budget = self._logits_budget(window)
 
         def make() -> dict[str, Any]:
-            choice = choose_distillation(model, teacher, window, budget=budget, events=self.events)
+            choice = choose_distillation(model, model, window, budget=budget, events=self.events)
+            if teacher.head is None:  # it has logits only
+                choice = replace(choice, name=FULL_DISTILLATION)
             return {"name": choice.name, "reason": choice.reason, "budget": budget}
 
-        return Distillation(model, teacher, **self.decide("distillation", make))
+        return Distillation(model, teacher.head, **self.decide("distillation", make))
+
+    def teacher(
+        self, model: PreTrainedModel, tokens: Tensor, points: Sequence[int], batch: int, copied: Callable[[], Teacher]
+    ) -> Teacher:
+        """The untouched model, which `model` still is: its states of all windows where they fit, else what `copied` is.
+
+        Args:
+            points: layers whose inputs are imitated; see `teacher.Targets`.
+            batch: windows in one forward pass.
+        """
+
+        def make() -> dict[str, Any]:
+            if reason := obstacle(model):
+                return {"stored": False, "reason": reason}
+            needed, free = stored_bytes(model, tokens, points), free_memory(torch.device("cpu"))
+            fit = needed <= free // STATES_SHARE
+            return {"stored": fit, "reason": f"its states take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"}
+
+        decided = self.decide("teacher", make)
+        self.events.emit("teacher", **decided)
+        return store_states(model, tokens, points, batch) if decided["stored"] else copied()
 
     @staticmethod
     def _logits_budget(window: Tensor) -> int:

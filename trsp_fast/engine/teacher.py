@@ -1,0 +1,158 @@
+"""What stage 2 imitates: the untouched model, as a copy of it or as its states of every window, computed once.
+
+The states before the head are all that its logits are made of, so that where the head is plain they stand for the whole
+model: 2 bytes a number instead of a second model in memory, and no second forward pass from the second epoch on.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsp_fast.engine.head import hidden_states, obstacle, output_head
+from trsp_fast.models.families import layer_stack
+from trsp_fast.ops.residual_norms import residual_norms
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of some windows, in the untouched model.
+
+    before_head: what its head is given, `[windows, seq, hidden]`; or else `logits`, `[windows, seq, vocabulary]`.
+    inputs: by layer the hidden states that it is given; under the number of layers those that the last one hands on.
+    """
+
+    before_head: Tensor | None
+    logits: Tensor | None
+    inputs: dict[int, Tensor]
+
+
+class Teacher(Protocol):
+    """head: the untouched model's, where it is plain. held: bytes of memory that are there for the teacher alone."""
+
+    head: nn.Linear | None
+    held: int
+
+    def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        """Of the windows `rows`, int64 `[windows]`, whose tokens are `[windows, seq]` on the device."""
+        ...
+
+
+class InputTap:
+    """Inside, what chosen layers of a model are given in its last forward pass, by layer; see `Targets.inputs`."""
+
+    def __init__(self, model: PreTrainedModel, points: Iterable[int]) -> None:
+        self._layers, self._points, self._hooks = layer_stack(model).layers, list(points), ExitStack()
+        self.taken: dict[int, Tensor] = {}
+
+    def __enter__(self) -> "InputTap":
+        for point in self._points:
+            if point < len(self._layers):
+                handle = self._layers[point].register_forward_pre_hook(self._before(point), with_kwargs=True)
+            else:
+                handle = self._layers[-1].register_forward_hook(self._after(point))
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hooks.close()
+        self.taken.clear()
+
+    def _before(self, point: int) -> Any:
+        def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.taken[point] = args[0] if args else kwargs["hidden_states"]
+
+        return take
+
+    def _after(self, point: int) -> Any:
+        def take(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self.taken[point] = output[0] if isinstance(output, tuple) else output
+
+        return take
+
+
+class UntouchedModel:
+    """A second model that is asked in every step."""
+
+    def __init__(self, model: PreTrainedModel, points: Sequence[int], held: int, *, whole: bool = False) -> None:
+        """`whole`: its logits are taken as the model gives them, never made by its head alone."""
+        self.model, self.points, self.held = model, points, held
+        self.head = None if whole or obstacle(model) else output_head(model)
+
+    @torch.no_grad()
+    def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        with InputTap(self.model, self.points) as tap:
+            if self.head is None:
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+                return Targets(None, logits, dict(tap.taken))
+            return Targets(hidden_states(self.model, tokens), None, dict(tap.taken))
+
+
+@dataclass
+class StoredStates:
+    """The states of all windows in host memory, pinned where the model is on a GPU.
+
+    head: a copy that is not trained. before_head: `[samples, seq, hidden]`. inputs: by layer, as in `Targets`.
+    """
+
+    head: nn.Linear | None
+    before_head: Tensor
+    inputs: dict[int, Tensor]
+    held: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensors = [self.before_head, *self.inputs.values()]
+        if self.before_head.is_pinned():
+            tensors = []
+        self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
+
+    def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        def there(stored: Tensor) -> Tensor:
+            return stored[rows].to(tokens.device, non_blocking=True)
+
+        return Targets(there(self.before_head), None, {point: there(t) for point, t in self.inputs.items()})
+
+
+def stored_bytes(model: PreTrainedModel, tokens: Tensor, points: Sequence[int]) -> int:
+    """Bytes that `store_states` would take for windows, int64 `[samples, seq]`."""
+    config = model.config.get_text_config(decoder=True)
+    head = output_head(model)
+    return tokens.numel() * (head.in_features + config.hidden_size * len(points)) * head.weight.element_size()
+
+
+@torch.no_grad()
+def store_states(model: PreTrainedModel, tokens: Tensor, points: Sequence[int], batch: int) -> StoredStates:
+    """What the model, which has a plain head and is not trained yet, makes of every window; `batch` windows a pass."""
+    head, device = output_head(model), next(model.parameters()).device
+    own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta", dtype=head.weight.dtype)
+    own.load_state_dict({name: tensor.detach().clone() for name, tensor in head.state_dict().items()}, assign=True)
+    before_head: list[Tensor] = []
+    inputs: dict[int, list[Tensor]] = {point: [] for point in points}
+    with InputTap(model, points) as tap:
+        for part in tokens.split(batch):
+            before_head.append(hidden_states(model, part.to(device)).cpu())
+            for point in points:
+                inputs[point].append(tap.taken[point].cpu())
+    whole = {point: torch.cat(parts) for point, parts in inputs.items()}
+    states = torch.cat(before_head)
+    if device.type == "cuda":
+        states, whole = states.pin_memory(), {point: t.pin_memory() for point, t in whole.items()}
+    return StoredStates(own.requires_grad_(False), states, whole)
+
+
+def hidden_distance(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+    """How far hidden states are from those of the teacher, relative to these; 0-D.
+
+    Mean over layers and sequences of |student - teacher|^2 / |teacher|^2; the difference is never stored
+    (`trsp_fast.ops.residual_norms`).
+    """
+    distances = []
+    for point, target in teacher.items():
+        size = target.float().pow(2).flatten(1).sum(1)
+        _, squared = residual_norms(target, student[point].to(target.dtype))
+        distances.append((squared / size).mean())
+    return torch.stack(distances).mean()
