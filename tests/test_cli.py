@@ -172,7 +172,7 @@ def test_prune_and_eval_real_text(run, stories_folder, stories_text, tmp_path):
     assert json.loads(text)["perplexity"] == pytest.approx(4.67, abs=0.05)
 
 
-@pytest.mark.parametrize("method", ["trsp", "shortgpt", "sleb", "last", "first", "random"])
+@pytest.mark.parametrize("method", ["trsp", "shortgpt", "sleb", "angular", "shortened", "last", "first", "random"])
 def test_select(run, model, tokens, method):
     code, text, _ = run("select", model, "--num-layers", 2, "--method", method, "--data", tokens, "--json", *QUICK[:6])
     assert code == 0

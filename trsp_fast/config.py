@@ -30,7 +30,9 @@ class SelectConfig:
     train_weights: the model's weights learn together with the gates (the authors' code).
     """
 
-    method: str = _setting("trsp", choices=("trsp", "shortgpt", "sleb", "last", "first", "random"))
+    method: str = _setting(
+        "trsp", choices=("trsp", "shortgpt", "sleb", "angular", "shortened", "last", "first", "random")
+    )
     schedule: str = _setting("iterative", choices=("iterative", "oneshot"))
     gate_mode: str = _setting("residual", choices=("residual", "output"))
     lambda1: float = _setting(5e-4, low=0)

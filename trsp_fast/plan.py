@@ -133,7 +133,8 @@ def _stage_1(
     total, settings = len(layer_stack(model)), config.select
     alive = [total - index for index in range(1 if settings.schedule == "oneshot" else count)]
     if settings.method != "trsp":
-        passes = {"sleb": 0.55 * sum(alive), "shortgpt": 1.0}.get(settings.method, 0.0)
+        known = {"sleb": 0.55 * sum(alive), "shortened": 0.55 * total, "shortgpt": 1.0, "angular": 1.0}
+        passes = known.get(settings.method, 0.0)
         return forward * len(tokens) * passes, 0
     per_round = settings.steps_per_round or math.ceil(len(tokens) / (config.data.batch or BATCH))
     step = _seconds_per_step(

@@ -112,7 +112,7 @@ def test_trivial_choices(llama, tokens):
 
 
 def test_protection_binds_every_method(llama, tokens):
-    for method in ("trsp", "shortgpt", "sleb", "last", "first", "random"):
+    for method in ("trsp", "shortgpt", "sleb", "angular", "shortened", "last", "first", "random"):
         values = {"method": method, "protect_first": 2, "protect_last": 2}
         chosen = choose_layers(llama, tokens, TRSPConfig.from_dict({"num_layers": 2, "select": values})).layers
         assert set(chosen) == {2, 3}, method

@@ -101,7 +101,8 @@ def select(
     ratio: Ratio = None,
     num_layers: NumLayers = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="trsp (default), shortgpt, sleb, last, first or random.")
+        str | None,
+        typer.Option("--method", help="trsp (default), shortgpt, sleb, angular, shortened, last, first or random."),
     ] = None,
     config: ConfigFile = None,
     settings: Settings = None,

@@ -10,7 +10,7 @@ from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
-from trsp_fast.select import shortgpt, sleb, trivial, trsp
+from trsp_fast.select import angular, shortened, shortgpt, sleb, trivial, trsp
 from trsp_fast.select.contract import Selection, candidates
 
 # (model, tokens, count, config, session) -> Selection
@@ -18,6 +18,8 @@ METHODS: dict[str, Callable[[PreTrainedModel, Tensor, int, TRSPConfig, Session],
     "trsp": trsp.select,
     "shortgpt": shortgpt.select,
     "sleb": sleb.select,
+    "angular": angular.select,
+    "shortened": shortened.select,
     "last": trivial.last,
     "first": trivial.first,
     "random": trivial.random,
@@ -69,7 +71,7 @@ def select_layers(
     Args:
         model: a transformers causal language model with L decoder layers.
         tokens: calibration windows, int64 `[samples, seq]`.
-        method: `trsp`, `shortgpt`, `sleb`, `last`, `first` or `random`; see trsp_fast.select.
+        method: `trsp`, `shortgpt`, `sleb`, `angular`, `shortened`, `last`, `first` or `random`; see trsp_fast.select.
         ratio: share of the layers, floor(ratio*L + 0.5) of them; or `num_layers`, or a whole `config`.
 
     Raises:
