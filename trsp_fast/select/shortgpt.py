@@ -17,12 +17,15 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
     """1 - mean over tokens of cos(x, out), for each layer (the paper's equation 1); tokens int64 `[samples, seq]`."""
     layers = layer_stack(model).layers
     sums, device = torch.zeros(len(layers), dtype=torch.float64), next(model.parameters()).device
+    counts = torch.zeros(len(layers), dtype=torch.float64)  # several a token where there are streams (Gemma 3n)
 
     def hook(index: int):  # type: ignore[no-untyped-def]
         def add(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             out = output[0] if isinstance(output, tuple) else output
-            sums[index] += F.cosine_similarity(x.float(), out.float(), dim=-1).double().sum().cpu()
+            cosines = F.cosine_similarity(x.float(), out.float(), dim=-1)
+            sums[index] += cosines.double().sum().cpu()
+            counts[index] += cosines.numel()
 
         return add
 
@@ -34,7 +37,7 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
     finally:
         for handle in handles:
             handle.remove()
-    return (1 - sums / tokens.numel()).tolist()
+    return (1 - sums / counts).tolist()
 
 
 def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
