@@ -59,13 +59,13 @@ def plots(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _section(path: Path, values: dict[str, Any]) -> str:
-    config, rows = values["config"], values["arms"]
+    config, rows, versions = values["config"], values["arms"], values["versions"]
     trained = max(row["tokens"] for row in rows)
     other = f", another domain {values['evaluation_data']}" if values["evaluation_data"] else ""
     facts = (
         f"{values['layers']} layers; calibrated on {values['data']}, {trained:,} tokens in "
         f"{config['transfer']['epochs']} passes at learning rate {config['transfer']['lr']:g}; evaluated on its "
-        f"held-out part{other}. torch {values['versions']['torch']}, transformers {values['versions']['transformers']}; "
+        f"held-out part{other}. torch {versions['torch']}, transformers {versions['transformers']}; "
         f"`{values['command']}` (`bench/results/{path.name}`)."
     )
     images = "\n".join(f"![{name}](plots/{path.stem}-{name}.svg)" for name in plots(values))
