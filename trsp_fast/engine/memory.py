@@ -22,6 +22,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.offload import resident
 from trsp_fast.models.recompute import recomputed
 
 # Tokens in one pass on a CPU: 16 windows of 256 took 3.05 s at once, 2.36 s by fours, 2.57 s by twos (NOTES.md)
@@ -190,7 +191,8 @@ def _line(
 ) -> _Line:
     """The peak of a step with only the layers `on`, of which `twice` are recomputed, from 1 and `most` windows.
 
-    Gradients are there before, so that they do not count: when they come depends on what else is there.
+    Gradients are there before, so that they do not count: when they come depends on what else is there. So are weights
+    that are streamed, of which the whole step has no more at a time than a few layers.
     """
     peaks = []
     layers = layer_stack(model).layers
@@ -199,7 +201,7 @@ def _line(
     trained = [p for p in model.parameters() if p.requires_grad and p not in idle]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    with recomputed(model, twice), bypassed(model, off):
+    with resident(model, on), recomputed(model, twice), bypassed(model, off):
         for windows in (1, most):
             peaks.append(peak_bytes(functools.partial(step, windows), device))
     for parameter in trained:
