@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from tiny import tiny_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import CORE, ZOO, build
 
 import trsp_fast as trsp
@@ -164,11 +165,12 @@ def test_two_layers_weights_at_a_time_and_none_afterwards(frozen, tokens, monkey
             for _ in range(2):
                 step(frozen, gates, tokens)
                 assert len(alive) == 0
+            frozen(input_ids=tokens)  # its backward pass would begin with the top layer, which gives way
             with torch.no_grad():
                 frozen(input_ids=tokens)
                 assert len(alive) == 0
+                handle = frozen.model.layers[2].mlp.register_forward_hook(stop)
                 with pytest.raises(RuntimeError, match="stop"):
-                    handle = frozen.model.layers[2].mlp.register_forward_hook(stop)
                     frozen(input_ids=tokens)
                 handle.remove()
         assert len(alive) == 0
@@ -220,18 +222,23 @@ def trace(model):
 
 def test_no_trace_is_left(frozen, tokens):
     before, values = trace(frozen), [p.clone() for p in frozen.parameters()]
-    with pytest.raises(RuntimeError, match="stop"), streamed_layers(frozen, CPU), LayerGates(frozen) as gates:
-        gates.bypass([2])
-        step(frozen, gates, tokens)
-        assert isinstance(frozen.model.layers[0].__dict__["forward"], StreamedForward)
-        raise RuntimeError("stop")
+
+    def use_and_fail():
+        with streamed_layers(frozen, CPU), LayerGates(frozen) as gates:
+            gates.bypass([2])
+            step(frozen, gates, tokens)
+            assert isinstance(frozen.model.layers[0].__dict__["forward"], StreamedForward)
+            stop()
+
+    with pytest.raises(RuntimeError, match="stop"):
+        use_and_fail()
     assert trace(frozen) == before
     assert_same(frozen.parameters(), values)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neo"])
 def test_all_but_the_layers_weights_go_to_the_device_and_come_back(family):
-    """A dtype stands for a device that is not here. Buffers go too, those of layers included; a tied head stays tied."""
+    """A dtype stands for a device that is not here. Buffers go too, also those of layers; a tied head stays tied."""
     model = build(family)
     layers = layer_stack(model).layers
     before = trace(model)
@@ -264,6 +271,20 @@ def test_layers_that_are_not_on_the_host_are_refused(frozen):
 
 
 # Stages and commands
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Llama's MLPs that ran on the weights on the host: fetched ones are plain tensors."""
+    calls, original = [], LlamaMLP.forward
+
+    def watched(module, states):
+        if isinstance(module.gate_proj.weight, torch.nn.Parameter):
+            calls.append(module)
+        return original(module, states)
+
+    monkeypatch.setattr(LlamaMLP, "forward", watched)
+    return calls
 
 
 def config(offload, **values):
@@ -320,18 +341,10 @@ def test_layers_that_are_measured_are_fetched_once(frozen, tokens, fetches):
         assert taken(fetches) == []
 
 
-def test_prune_without_stage_2_stays_streamed_and_writes_the_same(llama, tokens, tmp_path, monkeypatch):
+def test_prune_without_stage_2_stays_streamed_and_writes_the_same(llama, tokens, tmp_path, bare):
     """Perplexities, proof and speed too: every pass is on fetched weights."""
     want = trsp.prune(copy.deepcopy(llama), tokens, config("none"), out=tmp_path / "plain", evaluation=tokens)
-    bare = []
-    original = type(llama.model.layers[0].mlp).forward
-
-    def watched(module, states):
-        if isinstance(module.gate_proj.weight, torch.nn.Parameter):  # fetched ones are plain tensors
-            bare.append(module)
-        return original(module, states)
-
-    monkeypatch.setattr(type(llama.model.layers[0].mlp), "forward", watched)
+    bare.clear()
     found = trsp.prune(llama, tokens, config("weights"), out=tmp_path / "streamed", evaluation=tokens)
     assert bare == []
     assert found.removed_layers == want.removed_layers
@@ -368,11 +381,9 @@ def test_a_device_that_cannot_train_it_is_refused(llama, tokens, monkeypatch, co
     started = []
     events = Events(lambda kind, _values: started.append(kind))
     settings = config("weights", transfer={"epochs": 1})
+    work = plan_module.forecast if command == "plan" else lambda *arguments: trsp.prune(*arguments, events=events)
     with pytest.raises(UserError, match=r"stage 2 trains the weights on cpu .* give transfer.epochs=0"):
-        if command == "prune":
-            trsp.prune(llama, tokens, settings, events=events)
-        else:
-            plan_module.forecast(llama, tokens, settings)
+        work(llama, tokens, settings)
     assert started == []
     monkeypatch.setattr(transfer_module, "free_memory", lambda _device: needed)
     transfer_module.require_room(llama, [], settings.transfer, CPU)
@@ -402,15 +413,16 @@ def test_neighbours_hold_less(llama):
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_a_run_is_forecast(llama, tokens, epochs):
+def test_a_run_is_forecast(llama, tokens, epochs, bare):
     forecast = plan_module.forecast(llama, tokens, config("weights", transfer={"epochs": epochs}), tokens)
+    assert (bare == []) == (not epochs)
     assert forecast.memory["stage 1"]["streamed layers"] > 0
     assert forecast.steps["stage 1"] == 4
     assert ("stage 2" in forecast.steps) == bool(epochs)
 
 
 def test_weights_trained_in_stage_1_are_refused():
-    with pytest.raises(UserError, match="run.offload is weights but select.train_weights is true"):
+    with pytest.raises(UserError, match=r"run.offload is weights but select.train_weights is true"):
         config("weights", select={"train_weights": True})
     with pytest.raises(UserError, match=r"run.offload is 'disk'; it must be one of none, weights"):
         config("disk")
