@@ -99,12 +99,15 @@ class RunConfig:
         torchrun has started several; `none` leaves every process on its own.
     deterministic: same bits on the same machine, at some cost on a GPU.
     compile: decoder layers through torch.compile; the first steps take long, the others less.
+    offload: `weights` leaves the layers' weights in host memory and streams them to the device, one layer ahead,
+        everywhere but in stage 2, which trains them and needs them there.
     """
 
     save_every: int = _setting(0, low=0)
     parallel: str = _setting("auto", choices=("none", "auto", "ddp"))
     deterministic: bool = _setting(False)
     compile: bool = _setting(False)
+    offload: str = _setting("none", choices=("none", "weights"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ class TRSPConfig:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(
                 f"ratio is {self.ratio}; it is the share of layers to remove, give a number between 0 and 1."
+            )
+        if self.run.offload == "weights" and self.select.train_weights:
+            raise UserError(
+                "run.offload is weights but select.train_weights is true; weights that are trained cannot stay in host "
+                "memory, give select.train_weights=false or run.offload=none."
             )
 
     def layer_count(self, total: int) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.offload import HOST, streamed_layers
 from trsp_fast.models.removal import remove_layers
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.html import write_report
@@ -35,7 +36,7 @@ from trsp_fast.run.identity import fingerprint, first_difference, require_same, 
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
 from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.select import Selection, choose_layers
-from trsp_fast.transfer import transfer
+from trsp_fast.transfer import require_room, transfer
 
 
 @dataclass
@@ -210,15 +211,18 @@ class _Run:
         own = next(model.parameters()).device
         if config.transfer.epochs:
             require_optimizer(config.transfer.optimizer)
-        device = own if config.device == "auto" else resolve_device(config.device)
+        self.streams = config.run.offload == "weights"
+        device = own if config.device == "auto" and not self.streams else resolve_device(config.device)
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
             self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
         self.fingerprint = fingerprint(model)
         self.source = SourceWeights(model, dtype)
-        self.model = model.to(device).eval()
+        self.model = model.to(HOST if self.streams else device).eval()
         cast_parameters(self.model, dtype)
         self.dtype, self.device = dtype, device
+        if self.streams and config.transfer.epochs:  # said now, as far as it is known before stage 1
+            require_room(self.model, [], config.transfer, device)
         self.perplexity: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         if group.agree(self._inputs()) != self._inputs():
@@ -297,9 +301,10 @@ class _Run:
     ) -> dict[str, Any]:
         """Prove, measure and save the pruned model; the report."""
         removed = sorted(selection.layers)
-        checks = verify_removal(self.model, small, removed)
-        require(checks)
-        speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
+        with self._placed(self.model), self._placed(small):
+            checks = verify_removal(self.model, small, removed)
+            require(checks)
+            speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
         self.source.restore(small)
         if stage is None:
             size, measured = None, copy.deepcopy(small)
@@ -310,7 +315,7 @@ class _Run:
             require(checks)
             size = checkpoint_bytes(stage)
         self.events.emit("checks", checks=[asdict(check) for check in checks])
-        measured = measured.to(self.device)
+        measured = measured.to(HOST if self.streams else self.device)
         cast_parameters(measured, self.dtype)
         self._measure("pruned", measured)
         self._require_quality()
@@ -345,15 +350,24 @@ class _Run:
         alone = self.events
         return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))
 
+    def _placed(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """The model ready to be used on the run's device: streamed there, or there already."""
+        return streamed_layers(model, self.device) if self.streams else nullcontext()
+
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
         if not self.config.transfer.epochs:
             return []
+        if self.streams:
+            require_room(self.model, removed, self.config.transfer, self.device)
+            self.model.to(self.device)
+            self.streams = False
         return transfer(self.model, self.tokens, removed, self.config, session=self.session)
 
     def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
         """Perplexity of a model that all processes of the group have; without one, of this process's own."""
         if self.evaluation is not None and name not in self.perplexity:
-            self.perplexity[name] = perplexity(model, self.evaluation, group=group)
+            with self._placed(model):
+                self.perplexity[name] = perplexity(model, self.evaluation, group=group)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 
     def _require_quality(self) -> None:

@@ -28,8 +28,10 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
+from trsp_fast.errors import UserError
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
+from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
@@ -152,6 +154,29 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
     modules += [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     wanted = {parameter for module in modules for parameter in module.parameters()}
     return {name: parameter for name, parameter in named.items() if parameter in wanted}
+
+
+def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> int:
+    """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
+    trained = trainable_weights(model, layers, settings.trainable).values()
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(parameter.nbytes for parameter in trained) if settings.objective == "distill" else 0
+    return held + round(sum((4 - p.itemsize + 4 + STATE_BYTES[settings.optimizer]) * p.numel() for p in trained))
+
+
+def require_room(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig, device: torch.device) -> None:
+    """Where the weights are still in host memory: refuse stage 2 on a device that cannot hold what it takes.
+
+    Raises:
+        UserError: it does not fit, activations apart.
+    """
+    needed, free = bytes_held(model, layers, settings), free_memory(device)
+    there = sum(p.nbytes for p in model.parameters() if p.device == device)
+    if needed - there > free:
+        raise UserError(
+            f"stage 2 trains the weights on {device} and holds {needed / 1e9:.2f} GB there, {(free + there) / 1e9:.2f} "
+            "GB are free; give transfer.epochs=0 or transfer.trainable=neighbours, or use a device with more memory."
+        )
 
 
 def _imitates(settings: TransferConfig) -> bool:

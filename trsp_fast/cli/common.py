@@ -85,7 +85,8 @@ def load(model: str, config: Any, revision: str | None, remote_code: bool, dtype
 
     quiet_transformers()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
-    return load_model(model, dtype=wanted, device=config.device, revision=revision, remote_code=remote_code)
+    device = config.device if config.run.offload == "none" else "cpu"
+    return load_model(model, dtype=wanted, device=device, revision=revision, remote_code=remote_code)
 
 
 def tokenizer_of(model: str, data: str, revision: str | None, remote_code: bool) -> Any:

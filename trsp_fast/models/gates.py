@@ -59,7 +59,7 @@ class LayerGates:
         if mode not in ("residual", "output", None):
             raise UserError(f"mode is {mode!r}; it must be 'residual', 'output' or None.")
         self.mode, self.with_norms, self.detach_norms, self.backend = mode, norms, detach_norms, backend
-        device = next(self.stack.layers.parameters()).device
+        device = next(model.parameters()).device  # the layers' weights may stay in host memory
         self.values = nn.Parameter(torch.ones(len(self.stack), dtype=torch.float32, device=device))
         self._bypassed: dict[int, Any] = {}
         self._model = model

@@ -156,7 +156,7 @@ class PrefixStates:
         prefix, events = Prefix(model), events or Events()
         if first == 0 or not prefix.alive(0, first):
             return None
-        device = next(prefix.stack.layers.parameters()).device
+        device = next(model.parameters()).device
         beginning = tokens[:batch].to(device)
         reason = _obstacle(prefix, beginning, first)
         kept = None if reason else _room(prefix, beginning[:1], first, len(tokens), budget)

@@ -35,6 +35,7 @@ def measure_speed(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, flo
     }
 
 
+@torch.no_grad()
 def seconds_of_a_round(model: PreTrainedModel) -> float:
     """What one round of `measure_speed` takes for a model; there are `REPEATS` + 1 of them."""
     began = time.perf_counter()

@@ -18,6 +18,7 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.offload import streamed_bytes
 from trsp_fast.models.prefix import PrefixStates
 from trsp_fast.run.state import State, fitting
 
@@ -55,6 +56,7 @@ class Learning:
 
 def plan_of(learning: Learning, batch: int) -> MemoryPlan:
     trained = sum(parameter.numel() for parameter in learning.weights.values())
+    streamed = streamed_bytes(learning.model)
 
     def step(windows: int) -> None:
         _pass(learning, torch.arange(windows))
@@ -67,7 +69,7 @@ def plan_of(learning: Learning, batch: int) -> MemoryPlan:
         learning.tokens.shape[1],
         gated=learning.alive,
         held={"fp32 copies": learning.masters.growth},
-        coming={"optimiser": 8 * trained},
+        coming={"optimiser": 8 * trained, **({"streamed layers": streamed} if streamed else {})},
         gradients=4 * trained,
     )
 

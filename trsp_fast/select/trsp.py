@@ -72,8 +72,10 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
-        if config.run.compile:
+        if config.run.compile and config.run.offload == "none":
             during.enter_context(compiled_layers(model))
+        elif config.run.compile:
+            session.events.note("run.compile is for stage 2 only here: streamed layers are not compiled.")
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
         while (missing := count - len(learning.chosen)) > 0:
