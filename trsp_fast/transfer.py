@@ -1,6 +1,5 @@
 """Stage 2 of TRSP (arXiv 2505.18232, section 3.3): move the knowledge of the chosen layers into those that stay."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
-from trsp_fast.engine.memory import MemoryPlan, plan_memory
+from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
 from trsp_fast.engine.objective import WindowOrder
 from trsp_fast.engine.optimizers import (
     STATE_BYTES,
@@ -96,8 +95,8 @@ def transfer(
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    weights = trainable_weights(model, layers, settings.trainable)
-    teacher = _teacher(model, weights) if settings.objective == "distill" else None
+    weights, group = trainable_weights(model, layers, settings.trainable), session.group
+    teacher = group.untouched(model, weights) if settings.objective == "distill" else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
     try:
@@ -107,6 +106,7 @@ def transfer(
             _gates(model, layers, settings) as gates,
             session.keeper.steps(),
         ):
+            weights = group.own(weights)
             optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
             run = _Training(model, teacher, settings, session, gates, tokens, order, steps, masters, weights, optimizer)
             run.objective = _choose_objective(run, config.run.deterministic)
@@ -147,13 +147,6 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
     return {name: parameter for name, parameter in named.items() if parameter in wanted}
 
 
-def _teacher(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
-    """The untouched model: copies of the weights that will be trained, the others shared."""
-    ids = {id(parameter) for parameter in trained.values()}
-    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
-    return copy.deepcopy(model, shared).eval().requires_grad_(False)
-
-
 def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> LayerGates:
     mode = "residual" if settings.gate == "anneal" else None
     gates = LayerGates(model, mode=mode, layers=layers, detach_norms=settings.detach_input)
@@ -162,6 +155,8 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
 
 
 def _plan(run: _Training) -> MemoryPlan:
+    if run.session.group.sharded:
+        return unprobed(run.model)
     trained = sum(parameter.numel() for parameter in run.weights.values())
     own = {id(parameter) for parameter in run.weights.values()}
     teacher = sum(p.nbytes for p in run.teacher.parameters() if id(p) not in own) if run.teacher is not None else 0
@@ -232,7 +227,7 @@ def _step(run: _Training) -> None:
 
     run.session.accumulate(rows, work, begin)
     run.session.group.sum_with_gradients([*sums.values()], run.weights.values())
-    norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
+    norm = run.session.group.clip(run.weights.values(), settings.clip or math.inf)
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
     rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)
     set_rate(run.optimizer, rate)

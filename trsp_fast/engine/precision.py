@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
+from trsp_fast.models.gathering import is_divided
 
 
 def run_dtype(config: TRSPConfig, device: torch.device) -> torch.dtype:
@@ -44,6 +45,9 @@ def fp32_weights(model: PreTrainedModel, trained: Iterable[nn.Parameter] | None 
     Args:
         trained: the weights concerned; all by default.
     """
+    if is_divided(model):  # its weights are fp32 all along, and come in the dtype of the computation
+        yield Masters()
+        return
     first = next(model.parameters())
     context = compute_in(first.device, first.dtype)
     dtypes = [(parameter, parameter.dtype) for parameter in (model.parameters() if trained is None else trained)]

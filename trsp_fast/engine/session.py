@@ -102,7 +102,7 @@ class Session:
             self._halve(size)
 
     def _halve(self, size: int) -> None:
-        if size == 1:
+        if size == 1 or self.group.sharded:
             raise UserError(
                 "there is not enough memory for one window; set data.seq_len lower, or use a device with more."
             )
