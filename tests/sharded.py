@@ -4,11 +4,9 @@ import together
 import torch
 
 
-def whole(model) -> dict:
+def whole(model, group) -> dict:
     """Every weight of a divided model in one piece."""
-    from trsp_fast.models import sharded
-
-    return {name: sharded.whole(parameter).clone() for name, parameter in model.named_parameters()}
+    return {name: group.whole(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def transferred(settings: dict, layers=(1, 3)) -> dict:
@@ -30,4 +28,26 @@ def transferred(settings: dict, layers=(1, 3)) -> dict:
         if group.sharded:
             group.divide(model, torch.float32, trained=True)
         history = transfer(model, together.tokens(), layers, config, session=Session(group=group))
-        return {"history": history, "weights": whole(model)}
+        return {"history": history, "weights": whole(model, group)}
+
+
+def runs(names, out=None) -> dict:
+    """Whole runs, with everything that is proved; weights in one piece."""
+    import torch.distributed as dist
+    from tiny import tiny_llama
+
+    import trsp_fast as trsp
+    from trsp_fast.engine.distributed import started
+    from trsp_fast.engine.sharding import divided
+
+    found = {}
+    for name in names:
+        changes = {"run": {"parallel": "fsdp"}} if dist.is_initialized() else {}
+        config = trsp.TRSPConfig.from_dict(together.settings(name, **changes))
+        tokens, into = together.tokens(), out and out / name
+        with started(config) as processes:
+            model = tiny_llama()
+            group = divided(processes, model, config)
+            result = trsp.prune(model, tokens, config, evaluation=tokens[:3], out=into, group=group)
+            found[name] = {**together.outcome(result, whole(result.model, group)), "report": result.report}
+    return found

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.optimizers import require_optimizer
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
+from trsp_fast.engine.sharding import divided
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
 from trsp_fast.models.gates import bypassed
-from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.gathering import own_rows, round_rows
+from trsp_fast.models.removal import kept_tensors, remove_layers
+from trsp_fast.models.sharded_export import verify_divided, write_divided
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
@@ -82,7 +85,8 @@ def prune(
     interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
 
     Where torchrun has started several processes, each calls this with the same model, tokens and configuration and they
-    share the work (`run.parallel`). The first one alone proves, writes and has `events`.
+    share the work (`run.parallel`). The first one alone proves, writes and has `events`. With `fsdp` the weights are
+    divided among them, before and afterwards: no process has the result in one piece, `out` does.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -106,7 +110,9 @@ def prune(
         Interrupted: `stop` asked for the end and the state is kept.
         Lost: another process is gone; the state is kept.
     """
-    with nullcontext(group) if group else started(config) as processes:
+    with nullcontext(group) if group else started(config) as given, ExitStack() as during:
+        processes = divided(given, model, config)
+        during.enter_context(processes.watching())
         heard = (events or Events()) if processes.rank == 0 else Events()
         run = _Run(model, tokens, config, evaluation, heard, about or {}, processes)
         if out is None or processes.rank:
@@ -210,21 +216,33 @@ class _Run:
         own = next(model.parameters()).device
         if config.transfer.epochs:
             require_optimizer(config.transfer.optimizer)
-        device = own if config.device == "auto" else resolve_device(config.device)
+        device = group.device or (own if config.device == "auto" else resolve_device(config.device))
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
             self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
         self.fingerprint = fingerprint(model)
-        self.source = SourceWeights(model, dtype)
-        self.model = model.to(device).eval()
-        cast_parameters(self.model, dtype)
         self.dtype, self.device = dtype, device
+        self.source = self._place(model)
+        self.model = model
         self.perplexity: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         if group.agree(self._inputs()) != self._inputs():
             raise UserError(
                 "the model, the tokens or the configuration differ from those of process 0; give all the same."
             )
+
+    def _place(self, model: PreTrainedModel) -> SourceWeights:
+        """Put the model where it is computed and in which dtype; divided, where the weights are."""
+        model.eval()
+        if self.group.sharded:
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            trained = bool(self.config.transfer.epochs) or self.config.select.train_weights
+            self.group.divide(model, self.dtype, trained=trained)
+            return SourceWeights(model, self.dtype, dtypes)
+        source = SourceWeights(model, self.dtype)
+        model.to(self.device)
+        cast_parameters(model, self.dtype)
+        return source
 
     def _inputs(self) -> list[Any]:
         return [self.fingerprint, tokens_digest(self.tokens), json.dumps(self.config.to_dict())]
@@ -258,7 +276,7 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in keeper.base:
-                    parameter.copy_(keeper.base[name])
+                    own_rows(parameter).copy_(keeper.base[name])
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         before = torch.are_deterministic_algorithms_enabled()
@@ -279,6 +297,8 @@ class _Run:
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
             self._measure("transferred", self.model, self.group)
+        if self.group.sharded:
+            return self._finish_divided(selection, transferred, stage, tokenizer)
         small = remove_layers(self.model, removed)
         history = {"select": selection.history, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
@@ -286,6 +306,37 @@ class _Run:
             self.source.restore(small)
         checks = [Check(**check) for check in report["checks"]]
         return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _finish_divided(
+        self, selection: Selection, transferred: list[dict[str, Any]], stage: Path | None, tokenizer: Any
+    ) -> PruneResult:
+        """What `_prove` does where no process has the model: all prove together, the first one writes and reads."""
+        removed = sorted(selection.layers)
+        small = self.group.without(self.model, removed)
+        checks = verify_removal(self.model, small, removed)
+        require(checks)
+        dtypes = self._dtypes_of(small, removed)
+        round_rows(small, dtypes)
+        size = None
+        if self.group.agree(stage is not None):
+            write_divided(small, stage, dtypes, self.group.whole, tokenizer)
+            on_disk = verify_divided(small, stage, dtypes, self.group.whole)
+            checks += [Check(**check) for check in self.group.agree([asdict(check) for check in on_disk])]
+            require(checks)
+            size = checkpoint_bytes(stage) if stage else None
+        self.events.emit("checks", checks=[asdict(check) for check in checks])
+        self._measure("pruned", small, self.group)
+        self._require_quality()
+        history = {"select": selection.history, "transfer": transferred}
+        report = self.group.first(lambda: self._report(selection, removed, history, checks, {}, small, size))
+        return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _dtypes_of(self, small: PreTrainedModel, removed: list[int]) -> dict[str, torch.dtype]:
+        """In which the weights of a divided result are written: those in which they came."""
+        kept = [layer for layer in range(self.layers_before) if layer not in removed]
+        dtypes = {name: self.source.dtype(p) for name, p in kept_tensors(self.model, kept, "parameters").items()}
+        self.source.adopt({parameter: dtypes[name] for name, parameter in small.named_parameters()})
+        return dtypes
 
     def _prove(
         self,
@@ -324,7 +375,7 @@ class _Run:
             return self._of_wanted_size(Selection(**keeper.facts["selection"]))
         selection = self._of_wanted_size(self._choose())
         if self.config.select.train_weights and keeper.store:
-            keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+            keeper.base = {name: own_rows(p).cpu().clone() for name, p in self.model.named_parameters()}
         keeper.remember("selection", asdict(selection))
         return selection
 
@@ -339,8 +390,11 @@ class _Run:
         return selection
 
     def _choose(self) -> Selection:
-        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one."""
-        if self.config.select.method in ("trsp", "sleb"):
+        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one.
+
+        Where the weights are divided, nobody can be left alone.
+        """
+        if self.config.select.method in ("trsp", "sleb") or self.group.sharded:
             return choose_layers(self.model, self.tokens, self.config, session=self.session)
         alone = self.events
         return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))
@@ -381,8 +435,10 @@ class _Run:
         small: PreTrainedModel,
         size: int | None,
     ) -> dict[str, Any]:
-        before = sum(p.numel() * self.source.bytes_per_element(p) for p in self.model.parameters())
-        after = sum(p.numel() * p.element_size() for p in small.parameters())
+        parts = {"dense": self.model, "pruned": small}
+        counts = {name: sum(p.numel() for p in model.parameters()) for name, model in parts.items()}
+        before = sum(p.numel() * self.source.dtype(p).itemsize for p in self.model.parameters())
+        after = sum(p.numel() * self.source.dtype(p).itemsize for p in small.parameters())
         return {
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "data": None,
@@ -393,7 +449,7 @@ class _Run:
             "order_of_choice": selection.layers,
             "layers_before": self.layers_before,
             "layers_after": self.layers_before - len(removed),
-            "parameters": {name: int(values["parameters"]) for name, values in speed.items()},
+            "parameters": counts,
             "weight_bytes": {"dense": before, "pruned": after, "checkpoint": size},
             "perplexity": {k: v if math.isfinite(v) else None for k, v in self.perplexity.items()},
             "speed": speed,
@@ -418,6 +474,7 @@ class _Run:
                 "device": str(self.device),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "processes": self.group.size,
+                "weights": "divided" if self.group.sharded else "whole",
             },
             "config": self.config.to_dict(),
             "versions": versions(),

@@ -34,6 +34,7 @@ class Group:
 
     rank, size = 0, 1
     sharded = False  # whether a process has rows of the weights only
+    device: torch.device | None = None  # the GPU that torchrun's numbering gives this process
 
     def parts(self, rows: Tensor, micro_batch: int) -> list[tuple[Tensor, float]]:
         """This process's share of a batch's rows in micro-batches, each with its weight in the mean over all rows."""
@@ -84,6 +85,10 @@ class Group:
         shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
         return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A weight in one piece."""
+        return tensor.detach()
+
     def watching(self) -> AbstractContextManager:
         """Inside, what fails because another process is gone says so."""
         return nullcontext()
@@ -101,6 +106,7 @@ class Replicas(Group):
     def __init__(self, host: dist.ProcessGroup, device: dist.ProcessGroup | None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._host, self._device = host, device
+        self.device = None if device is None else torch.device("cuda", torch.cuda.current_device())
         self._store = dist.distributed_c10d._get_default_store()
         self._key = f"trsp_fast/{host.group_name}/failure"
         self.inner: list[dist.ProcessGroup] = []  # others that end with this one

@@ -18,9 +18,9 @@ from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.distributed import PATIENCE, Group, Named, Replicas
 from trsp_fast.engine.optimizers import STATE_BYTES
 from trsp_fast.errors import Lost, UserError
-from trsp_fast.models.checkpoint import resolve_device
 from trsp_fast.models.free_memory import free_memory
-from trsp_fast.models.sharded import copy_of, own_rows, shard
+from trsp_fast.models.gathering import own_rows
+from trsp_fast.models.sharded import copy_of, shard, whole
 
 FP32, COMPUTE = 4, 2  # bytes of a weight
 ROOM = 0.7  # of the free memory, for what is held all the time: the rest is for activations and gathered layers
@@ -31,11 +31,11 @@ class Shards(Replicas):
 
     sharded = True
 
-    def __init__(self, processes: Replicas, device: torch.device, parts: int) -> None:
+    def __init__(self, processes: Replicas, parts: int) -> None:
         """`parts` processes in a row hold one copy together; it divides their number."""
         vars(self).update(vars(processes))
         self.copies = self.size // parts
-        self._mesh = self._make_mesh(device, parts)
+        self._mesh = self._make_mesh(parts)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     def parts(self, rows: Tensor, micro_batch: int) -> list[tuple[Tensor, float]]:
@@ -51,10 +51,14 @@ class Shards(Replicas):
         shard(model, self._mesh, compute, trained=trained)
 
     def untouched(self, model: PreTrainedModel, trained: Named) -> PreTrainedModel:
-        return copy_of(model, self.compute, exact=False)
+        return copy_of(model, self._mesh, self.compute, exact=False)
 
     def without(self, model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
-        return copy_of(model, self.compute, without=layers)
+        return copy_of(model, self._mesh, self.compute, without=layers)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A weight in one piece, in every process; all processes must ask for it."""
+        return whole(tensor, self._mesh)
 
     def own(self, weights: Named) -> Named:
         """Optimisers work element by element: they get this process's rows as plain tensors in the same memory."""
@@ -93,17 +97,17 @@ class Shards(Replicas):
             return
         raise lost
 
-    def _make_mesh(self, device: torch.device, parts: int) -> DeviceMesh:
-        backend = "gloo" if self._device is None else "nccl"
+    def _make_mesh(self, parts: int) -> DeviceMesh:
+        kind, backend = ("cpu", "gloo") if self._device is None else ("cuda", "nccl")
         if self.copies == 1:
-            return DeviceMesh.from_group(self._device or self._host, device.type)
+            return DeviceMesh.from_group(self._device or self._host, kind)
         ranks = torch.arange(self.size).view(self.copies, parts)
         groups = []
         for sets in (ranks.t().tolist(), ranks.tolist()):
             every = [dist.new_group(members, backend=backend, timeout=PATIENCE) for members in sets]
             self.inner += every
             groups += [group for group, members in zip(every, sets, strict=True) if self.rank in members]
-        return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("copies", "parts"))
+        return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("copies", "parts"))
 
 
 def divided(processes: Group, model: PreTrainedModel, config: TRSPConfig) -> Group:
@@ -112,16 +116,14 @@ def divided(processes: Group, model: PreTrainedModel, config: TRSPConfig) -> Gro
     Raises:
         UserError: what the configuration asks for is not possible with divided weights.
     """
-    if not isinstance(processes, Replicas):
+    if not isinstance(processes, Replicas) or processes.sharded:
         return processes
-    device = resolve_device(config.device)
-    size, free = needed(model, config), processes.lowest(free_memory(device))
-    if config.run.parallel == "ddp" or (
-        config.run.parallel == "auto" and (device.type == "cpu" or size <= ROOM * free)
-    ):
+    size, free = needed(model, config), processes.lowest(free_memory(processes.device))
+    fits = processes.device is None or size <= ROOM * free  # on a CPU, processes would share the memory anyway
+    if config.run.parallel == "ddp" or (config.run.parallel == "auto" and fits):
         return processes
     _require_possible(config)
-    return Shards(processes, device, parts_of(processes.size, local_size(processes), size, free))
+    return Shards(processes, parts_of(processes.size, local_size(processes), size, free))
 
 
 def needed(model: PreTrainedModel, config: TRSPConfig) -> float:

@@ -1,5 +1,6 @@
 """What code around a layer must know where its weights are divided among processes (see trsp_fast.models.sharded)."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,6 +12,19 @@ def is_divided(module: nn.Module) -> bool:
 def own_class(module: nn.Module) -> type:
     """The module's class; FSDP gives a divided one a class of two parents, its own and then this."""
     return type(module).__bases__[-1] if is_divided(module) else type(module)
+
+
+@torch.no_grad()
+def own_rows(tensor: Tensor) -> Tensor:
+    """This process's part of a weight, in the weight's own memory; a tensor that is not divided is its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def round_rows(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give this process's rows the values that they have in a checkpoint with these dtypes."""
+    for name, parameter in model.named_parameters():
+        rows = own_rows(parameter)
+        rows.copy_(rows.to(dtypes[name]))
 
 
 def gather_before_backward(layer: nn.Module, *tensors: Tensor | None) -> None:

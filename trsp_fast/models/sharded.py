@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack, sliced_tensors
+from trsp_fast.models.gathering import own_rows
 from trsp_fast.models.removal import kept_tensors, move_in, without_weights
 
 
@@ -36,11 +38,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, compute: torch.dtype, *, tra
 
 
 def copy_of(
-    model: PreTrainedModel, compute: torch.dtype, *, without: Iterable[int] = (), exact: bool = True
+    model: PreTrainedModel, mesh: DeviceMesh, compute: torch.dtype, *, without: Iterable[int] = (), exact: bool = True
 ) -> PreTrainedModel:
     """A frozen copy of a sharded model, sharded alike and without some layers; no process holds more than its rows.
 
     Args:
+        mesh: of the processes that the model is divided among.
         compute: the dtype in which it runs.
         without: the layers that it lacks.
         exact: keep the weights' dtype; else they are kept in `compute`.
@@ -50,13 +53,11 @@ def copy_of(
     rows = kept_tensors(model, kept, "parameters")
     copy = without_weights(model, kept)
     copy.generation_config = deepcopy(model.generation_config)
-    first = next(iter(rows.values()))
-    assert isinstance(first, DTensor)
     for name, parameter in copy.named_parameters():
         parameter.data = parameter.data.to(rows[name].dtype if exact else compute)
     for layer in [*layer_stack(copy).layers, copy]:
-        _divide(layer, first.device_mesh, compute, None)
-    copy.to_empty(device=first.device)
+        _divide(layer, mesh, compute, None)
+    copy.to_empty(device=next(iter(rows.values())).device)
     move_in(copy, kept_tensors(model, kept, "buffers"), "buffers")
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
@@ -66,21 +67,31 @@ def copy_of(
     return copy
 
 
-def own_rows(tensor: Tensor) -> Tensor:
-    """This process's part of a weight, in the weight's own memory; a tensor that is not divided is its own."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+@torch.no_grad()
+def whole(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A weight in one piece, in every process; all processes must ask for it.
+
+    torch's own `full_tensor` would go by the mesh of an earlier run, where one has had equal ranks.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    rows, (chunk, parts) = own_rows(tensor), chunks(tensor, mesh)
+    padded = rows.new_zeros(chunk, *tensor.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = rows.new_empty(parts * chunk, *tensor.shape[1:])
+    dist.all_gather(list(gathered.chunk(parts)), padded, group=mesh.get_group(mesh.ndim - 1))
+    return gathered[: len(tensor)]
 
 
-def first_row(tensor: Tensor) -> int:
-    """Where this process's rows begin in the whole weight: torch divides the first dimension as `chunk` does."""
-    assert isinstance(tensor, DTensor)
-    part, parts = tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1), tensor.device_mesh.shape[-1]
-    return min(len(tensor), part * -(-len(tensor) // parts))
+def first_row(tensor: Tensor, mesh: DeviceMesh) -> int:
+    """Where this process's rows begin in the whole weight."""
+    return min(len(tensor), mesh.get_local_rank(mesh.ndim - 1) * chunks(tensor, mesh)[0])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A weight in one piece, in every process; all processes must ask for it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+def chunks(tensor: Tensor, mesh: DeviceMesh) -> tuple[int, int]:
+    """Rows of a part and the number of parts: the first parts are full, as torch.chunk has them."""
+    parts = mesh.shape[-1]
+    return -(-len(tensor) // parts), parts
 
 
 def _divide(module: nn.Module, mesh: DeviceMesh, compute: torch.dtype, dtype: torch.dtype | None) -> None:
