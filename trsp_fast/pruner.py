@@ -36,7 +36,7 @@ from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, first_difference, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
-from trsp_fast.run.state import Keeper, StateStore, Stop
+from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.transfer import transfer
 
@@ -122,6 +122,7 @@ def prune(
             with resumable_output(out, resume=resume, restart=restart) as stage:
                 result = _write(run, stage, tokenizer, stop, accept_changes)
         processes.agree(None)  # nobody is done before the output has its name
+        run.session.keeper.discard()
     result.out = None if out is None else Path(out)
     return result
 
@@ -131,7 +132,7 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
     (stage / RUN).mkdir(exist_ok=True)
     _check_identity(stage, run.identity(), accept_changes, run.events)
     held = holds_state(stage)
-    run.keep(StateStore(stage / STATE), stop)
+    run.keep(stage / STATE, stop)
     if held and not run.session.keeper.resumes:
         run.events.note("no saved state of the interrupted run is whole, so that it begins anew.")
     logs: list[JsonLines | TensorBoard] = [JsonLines(stage / RUN / "events.jsonl")]
@@ -262,8 +263,9 @@ class _Run:
             "versions": versions(),
         }
 
-    def keep(self, store: StateStore | None, stop: Stop | None) -> None:
-        """Save states in `store`, and go on from what the first process has found in it."""
+    def keep(self, folder: Path | None, stop: Stop | None) -> None:
+        """Save states in `folder`, which the first process has, and go on from what is found in it."""
+        store = self.group.store(folder)
         keeper = Keeper(store, self.config.run.save_every, stop, share=self.group.share, highest=self.group.highest)
         self.session.keeper = keeper
         facts, identity = keeper.facts, {**self.identity(), "processes": None, "versions": None}

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.errors import CheckFailed, Diverged, Interrupted, Lost, UserError
-from trsp_fast.run.state import Loaded, whole_keys
+from trsp_fast.run.state import Loaded, StateStore, whole_keys
 
 BUCKET = 1 << 28  # bytes that are copied together for one all-reduce; larger tensors are reduced where they are
 PATIENCE = timedelta(hours=1)  # how long processes wait for the first one, which alone proves, measures and writes
@@ -70,6 +71,10 @@ class Group:
     def share(self, found: Loaded | None) -> Loaded | None:
         """The state that the first process has loaded, for all: only its disk is read."""
         return found
+
+    def store(self, folder: Path | None) -> StateStore | None:
+        """Where this process keeps states, given the output's folder in the one that has it."""
+        return StateStore(folder) if folder else None
 
     def own(self, weights: Named) -> Named:
         """The weights, by name, that this process's optimiser moves."""

@@ -7,6 +7,7 @@ passes in the same order: one without rows of a batch runs a row that weighs not
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from trsp_fast.engine.optimizers import STATE_BYTES
 from trsp_fast.errors import Lost, UserError
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gathering import own_rows
-from trsp_fast.models.sharded import copy_of, shard, whole
+from trsp_fast.models.sharded import copy_of, first_row, shard, whole
+from trsp_fast.run.divided_state import DividedStore, Part
+from trsp_fast.run.state import Loaded, StateStore
 
 FP32, COMPUTE = 4, 2  # bytes of a weight
 ROOM = 0.7  # of the free memory, for what is held all the time: the rest is for activations and gathered layers
@@ -49,6 +52,21 @@ class Shards(Replicas):
         """Leave this process its rows of the model's weights; see trsp_fast.models.sharded."""
         self.compute = compute
         shard(model, self._mesh, compute, trained=trained)
+        self._rows = {
+            name: (first_row(weight, self._mesh), len(own_rows(weight)), len(weight))
+            for name, weight in model.named_parameters()
+        }
+
+    def store(self, folder: Path | None) -> StateStore | None:
+        """Where this process keeps its part of the states: the first one's folder counts, which all must see."""
+        shared = self.agree(None if folder is None else str(folder))
+        if shared is None:
+            return None
+        return DividedStore(Path(shared), Part(self.rank, self.size, self._rows, self.highest, self.agree))
+
+    def share(self, found: Loaded | None) -> Loaded | None:
+        """Every process has loaded its own."""
+        return found
 
     def untouched(self, model: PreTrainedModel, trained: Named) -> PreTrainedModel:
         return copy_of(model, self._mesh, self.compute, exact=False)
