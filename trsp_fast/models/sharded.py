@@ -128,4 +128,3 @@ def _require_separate(model: PreTrainedModel) -> None:
             raise UserError(f"run.parallel is fsdp but {name} is a weight of several layers; give ddp.")
         if parameter.dtype == torch.float64:
             raise UserError(f"run.parallel is fsdp but {name} is in float64; give ddp, or convert the model.")
-

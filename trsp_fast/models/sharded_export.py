@@ -130,9 +130,7 @@ def _gathered(
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
-def _whole_ones(
-    part: dict[str, Tensor], dtypes: Dtypes, whole: Whole, keep: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _whole_ones(part: dict[str, Tensor], dtypes: Dtypes, whole: Whole, keep: bool) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in part.items():
         gathered = whole(tensor)
         if keep:

@@ -120,4 +120,3 @@ def assembled(
 def _processes(values: dict[str, Any]) -> int:
     """How many parts a state has: one where the weights were whole."""
     return int(values["divided"]["processes"]) if "divided" in values else 1
-
