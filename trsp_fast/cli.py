@@ -503,7 +503,9 @@ def _prune(
         silent = as_json or group.rank > 0
         if group.rank == 0:
             check_output(out, resume=again.resume)
-        loaded = _load(model, config, revision, remote_code, dtype="auto")
+        # A GPU may have no room for all of it: then it is divided on its way there
+        device = "cpu" if group.size > 1 and config.run.parallel in ("auto", "fsdp") else config.device
+        loaded = _load(model, config, revision, remote_code, dtype="auto", device=device)
         tokens, evaluation = _tokens(loaded, model, data, eval_data, config, revision, remote_code)
         extras: dict[str, Any] = {"tokenizer": _tokenizer(model, data, revision, remote_code), "about": about}
         extras |= {"evaluation": evaluation, "group": group, **dataclasses.asdict(again)}
@@ -598,14 +600,21 @@ def _on_disk(checkpoint: str, revision: str | None, only: str | None = None) -> 
         ) from None
 
 
-def _load(model: str, config: Any, revision: str | None, remote_code: bool, dtype: str | None = None) -> Any:
-    """The model in the run's dtype, or in `dtype`."""
+def _load(
+    model: str,
+    config: Any,
+    revision: str | None,
+    remote_code: bool,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """The model in the run's dtype and on its device, or in `dtype` and on `device`."""
     from trsp_fast.engine.precision import run_dtype
     from trsp_fast.models.checkpoint import load_model, resolve_device
 
     _quiet_transformers()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
-    return load_model(model, dtype=wanted, device=config.device, revision=revision, remote_code=remote_code)
+    return load_model(model, dtype=wanted, device=device or config.device, revision=revision, remote_code=remote_code)
 
 
 def _tokenizer(model: str, data: str, revision: str | None, remote_code: bool) -> Any:

@@ -21,7 +21,7 @@ from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.optimizers import require_optimizer
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
-from trsp_fast.engine.sharding import divided
+from trsp_fast.engine.sharding import Shards, divided
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
@@ -235,7 +235,7 @@ class _Run:
     def _place(self, model: PreTrainedModel) -> SourceWeights:
         """Put the model where it is computed and in which dtype; divided, where the weights are."""
         model.eval()
-        if self.group.sharded:
+        if isinstance(self.group, Shards):
             dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
             trained = bool(self.config.transfer.epochs) or self.config.select.train_weights
             self.group.divide(model, self.dtype, trained=trained)
@@ -299,8 +299,9 @@ class _Run:
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
             self._measure("transferred", self.model, self.group)
-        if self.group.sharded:
-            return self._finish_divided(selection, transferred, stage, tokenizer)
+        if isinstance(self.group, Shards):
+            small = self.group.without(self.model, removed)
+            return self._finish_divided(selection, transferred, small, stage, tokenizer)
         small = remove_layers(self.model, removed)
         history = {"select": selection.history, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
@@ -310,11 +311,15 @@ class _Run:
         return PruneResult(removed, small, history, self.perplexity, checks, report)
 
     def _finish_divided(
-        self, selection: Selection, transferred: list[dict[str, Any]], stage: Path | None, tokenizer: Any
+        self,
+        selection: Selection,
+        transferred: list[dict[str, Any]],
+        small: PreTrainedModel,
+        stage: Path | None,
+        tokenizer: Any,
     ) -> PruneResult:
         """What `_prove` does where no process has the model: all prove together, the first one writes and reads."""
         removed = sorted(selection.layers)
-        small = self.group.without(self.model, removed)
         checks = verify_removal(self.model, small, removed)
         require(checks)
         dtypes = self._dtypes_of(small, removed)

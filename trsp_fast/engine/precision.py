@@ -1,6 +1,6 @@
 """In which dtype a run computes, trains and hands back its weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -86,9 +86,9 @@ class SourceWeights:
         """Of the parameter as it came in; one that was made since has its own."""
         return self._dtypes.get(parameter, parameter.dtype)
 
-    def adopt(self, dtypes: dict[nn.Parameter, torch.dtype]) -> None:
+    def adopt(self, dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
         """Parameters that were made since, and what they are to be written in."""
-        self._dtypes |= dtypes
+        self._dtypes.update({parameter: dtype for parameter, dtype in dtypes.items()})
 
     def restore(self, model: PreTrainedModel) -> None:
         """Cast the parameters of `model` back; one that still has its cast original's value gets the original."""

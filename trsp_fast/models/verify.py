@@ -189,7 +189,11 @@ def allowed_error(model: PreTrainedModel) -> float:
     Linear attention is summed in chunks without a cache and token by token with one: 4.6e-4 in fp32. A wrong cache
     slot is off by the spread itself.
     """
-    precision = torch.finfo(next(model.parameters()).dtype).eps
+    dtype = next(model.parameters()).dtype
+    if is_divided(model):  # rows may be kept in a wider one than layers are computed in
+        with torch.no_grad():
+            dtype = model(input_ids=prompt(model, 1)[0][:, :1], use_cache=False).logits.dtype
+    precision = torch.finfo(dtype).eps
     return 8000 * precision if precision < 1e-5 else 32 * precision
 
 

@@ -272,8 +272,8 @@ class Keeper:
         """
         self._steps += 1
         due = self._steps >= self.every if self.every else time.monotonic() - self._since > AUTO_SHARE * self._cost
-        wish, due = self._highest(self.stop.code, int(due and self.store is not None))
-        if self.store and (always or due or wish):
+        wish, time_to_save = self._highest(self.stop.code, int(due and self.store is not None))
+        if self.store and (always or time_to_save or wish):
             self._save(make())
         if wish:
             if self.store:
