@@ -1,7 +1,8 @@
 """Memory and time of a run by the size of its model and the number of its processes: the tables of docs/scaling.md.
 
-`python bench/scaling.py` prints them. The bytes are checked against what small runs hold in
-tests/engine/test_distributed.py and tests/engine/test_fsdp.py; the rest is arithmetic from the assumptions below, not a measurement.
+`python bench/scaling.py` prints them. The bytes are checked against what small runs hold, and send where weights are
+divided, in tests/engine/test_distributed.py and test_fsdp.py; the rest is arithmetic from the assumptions below, not a
+measurement.
 """
 
 import math

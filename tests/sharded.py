@@ -1,6 +1,7 @@
 """Scenarios of divided weights (FSDP2), run in several processes by `together`."""
 
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,32 +62,58 @@ def runs(names, out: Path, micro_batch: int = 0) -> dict:
 
 def everything(folder: Path) -> dict:
     """All quick scenarios, one after the other: starting processes is what takes time."""
-    found: dict = {"runs": runs(together.SETTINGS, folder)}
-    for scenario in (held, parts, bf16, refused):
+    found: dict = {"runs": runs(["default", "paper"], folder)}
+    for scenario in (held, parts, refused):
         found[scenario.__name__] = scenario()
-    found["experts"] = experts(folder)
-    found["shortgpt"] = chosen("shortgpt")
     return found
 
 
-def held() -> tuple[int, list[str]]:
-    """Bytes of weights, gradients, moments and teacher after a step, and which weights are not in parts then."""
+def more(folder: Path) -> dict:
+    return {
+        "runs": runs(["sleb"], folder),
+        "bf16": bf16(),
+        "experts": experts(folder),
+        "shortgpt": chosen("shortgpt"),
+    }
+
+
+def held() -> dict:
+    """Of a step of stage 2: bytes of weights, gradients, moments and teacher afterwards, weights that are not in parts
+    then, and bytes of the tensors that FSDP gathered and of the gradients that it added up in it.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp
+
     from trsp_fast import transfer
 
     found: list = []
+    moved = {"gathered": 0, "reduced": 0}
     original = transfer._step
 
+    def counted(kind: str, key: str, own):
+        def call(self, *arguments, **tensors):
+            moved[kind] += tensors[key].nbytes
+            return own(self, *arguments, **tensors)
+
+        return call
+
     def step(state) -> None:
+        before = dict(moved)
         original(state)
         weights = [*state.model.named_parameters(), *state.teacher.named_parameters()]
         local = [parameter.to_local() for _, parameter in weights if hasattr(parameter, "to_local")]
         moments = [t for s in state.optimizer.state.values() for key, t in s.items() if key != "step"]
         gradients = [parameter.grad for parameter in state.weights.values()]
         size = sum(tensor.nbytes for tensor in (*local, *moments, *gradients))
-        found.append((size, [name for name, parameter in weights if not hasattr(parameter, "to_local")]))
+        odd = [name for name, parameter in weights if not hasattr(parameter, "to_local")]
+        found.append({"bytes": size, "odd": odd, **{kind: moved[kind] - before[kind] for kind in moved}})
 
-    with mock.patch.object(transfer, "_step", step):
-        run("default", changes=together.SHORT)
+    gather, reduce = fsdp.DefaultAllGather, fsdp.DefaultReduceScatter
+    with (
+        mock.patch.object(transfer, "_step", step),
+        mock.patch.object(gather, "__call__", counted("gathered", "output_tensor", gather.__call__)),
+        mock.patch.object(reduce, "__call__", counted("reduced", "input_tensor", reduce.__call__)),
+    ):
+        run("default", changes={**together.SHORT, "data": {"batch": 2}})
     return found[0]
 
 
@@ -170,21 +197,24 @@ def chosen(method: str) -> list[int]:
     return run("sleb", changes=changes)["layers"]
 
 
-def run_into(out: Path, name: str, changes: dict, kill: tuple[int, int] | None = None) -> dict:
-    """A run with an output; `kill` is the process that dies and its step of stage 2."""
+def run_into(out: Path, name: str, changes: dict, kill: tuple[int, str, int] | None = None) -> dict:
+    """A run with an output; `kill` is the process that dies, the stage and its step."""
     from trsp_fast import transfer
+    from trsp_fast.select import gate_learning
 
-    original = transfer._step
+    steps = {"transfer": (transfer, "_step"), "select": (gate_learning, "_learn_step")}
+    place = steps[kill[1] if kill else "transfer"]
+    original, done = getattr(*place), []
 
     def deadly(state) -> None:
-        if kill == (int(os.environ["RANK"]), state.done):
-            os.kill(os.getpid(), 9)
+        if kill and kill[0] == int(os.environ["RANK"]) and len(done) == kill[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(state.done)
         original(state)
 
-    changes = {**changes, "transfer": {**together.SETTINGS[name]["transfer"], "epochs": 2}}
-    with mock.patch.object(transfer, "_step", deadly):
+    with mock.patch.object(*place, deadly):
         try:
-            return {"outcome": run(name, out, changes, resume=True), "error": None}
+            return {"outcome": run(name, out, changes, micro_batch=1, resume=True), "error": None}
         except Exception as error:
             return {"outcome": None, "error": f"{type(error).__name__}: {error}"}
 

@@ -1,8 +1,9 @@
 """How the rows of a batch are spread over processes, and how what they find comes together.
 
-Every process has the whole model (trsp_fast.engine.sharding: a part of it). Each step it computes its share of the batch, gradients are added up in one bucketed
-all-reduce, and all take the same optimiser step. Before a reduction the processes agree on the host that all have got
-so far, so that nobody waits for one that ran out of memory; one that fails says why before it goes.
+Every process has the whole model (or rows of it: trsp_fast.engine.sharding). Each step it computes its share of the
+batch, gradients are added up in one bucketed all-reduce, and all take the same optimiser step. Before a reduction the
+processes agree on the host that all have got so far, so that nobody waits for one that ran out of memory; one that
+fails says why before it goes.
 """
 
 import copy
@@ -220,8 +221,8 @@ def started(config: TRSPConfig) -> Iterator[Group]:
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if config.run.parallel in ("ddp", "fsdp") and size == 1 and "RANK" not in os.environ:
         raise UserError(
-            f"run.parallel is {config.run.parallel} but torchrun has started no processes; give the command as torchrun --nproc-per-node "
-            "N -m trsp_fast ..., or leave run.parallel at auto."
+            f"run.parallel is {config.run.parallel} but torchrun has started no processes; give the command as "
+            "torchrun --nproc-per-node N -m trsp_fast ..., or leave run.parallel at auto."
         )
     if config.run.parallel == "none" or size == 1:
         yield Group()

@@ -13,8 +13,8 @@ from trsp_fast.errors import UserError
 from trsp_fast.models.bypass import Identity, is_bypassed, replace_forward, restore_forward
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
-from trsp_fast.models.gathering import is_divided
 from trsp_fast.models.gates import as_layers_have_it, sequences_first
+from trsp_fast.models.gathering import is_divided
 from trsp_fast.run.events import Events
 
 DEVICE_SHARE = 0.25  # of the free device memory that kept states may take by default: activations need the rest

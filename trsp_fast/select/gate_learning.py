@@ -175,7 +175,9 @@ def _learn_step(learning: Learning) -> None:
     def work(part: Tensor, weight: float) -> None:
         loss, own = _pass(learning, part, weight)
         if weight:  # else rows of another process, run to keep step
-            sequences.append(own * len(rows))  # the loss is a mean over the batch: times its size is each sequence's own
+            sequences.append(
+                own * len(rows)
+            )  # the loss is a mean over the batch: times its size is each sequence's own
         sums["loss"] += loss.detach() * weight
         for layer, d in gates.distances("l2").items():
             sums["D"][layer] += d.detach() * weight
