@@ -149,6 +149,24 @@ def failure() -> str:
     return ""
 
 
+def scarce() -> str:
+    """The second process runs out of memory in a pass: it cannot ask the others for smaller ones, and says so."""
+    from trsp_fast import transfer
+    from trsp_fast.errors import UserError
+
+    def fail(*_arguments):
+        raise RuntimeError("can't allocate memory")
+
+    with mock.patch.object(transfer, "_losses", fail if os.environ["RANK"] == "1" else transfer._losses):
+        try:
+            run("default", changes=together.SHORT)
+        except UserError as error:
+            if os.environ["RANK"] == "1":
+                sys.exit(2)
+            return str(error)
+    return ""
+
+
 def bf16() -> dict:
     """A model in bf16 and a run in bf16; which dtype layers see."""
     from tiny import tiny_llama

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from trsp_fast.engine import sharding
 from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.sharding import needed, parts_of
 from trsp_fast.errors import UserError
+from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import verify_checkpoints
 
 
@@ -109,6 +112,15 @@ def test_a_failing_process_ends_the_others_with_its_reason(tmp_path):
     assert first == (
         "Lost: another process of the run is gone (process 1 failed with ZeroDivisionError: a defect); give the same "
         "command with --resume to go on."
+    )
+
+
+def test_memory_that_runs_out_in_one_process_ends_all(tmp_path):
+    codes, (first, _) = together.together(2, sharded.scarce, tmp_path)
+    assert codes == [0, 2]
+    assert first == (
+        "process 1: there is not enough memory for one window; set data.seq_len lower, or use a device with more, or "
+        "more of them."
     )
 
 
@@ -271,3 +283,23 @@ def test_two_nodes_of_two_processes_hold_a_copy_each(tmp_path, one):
         for name in ("default", "paper"):
             require_close(result["runs"][name], one[name])
             assert result["runs"][name]["report"]["proven"]
+
+
+@pytest.mark.slow
+def test_torchrun_divides_and_writes_one_proven_checkpoint(tmp_path):
+    from safetensors.torch import save_file
+
+    tiny_llama().save_pretrained(tmp_path / "model")
+    windows = torch.randint(0, 97, (20, 16), generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": windows}, tmp_path / "tokens.safetensors")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    prune = ["-m", "trsp_fast", "prune", tmp_path / "model", "--data", tmp_path / "tokens.safetensors"]
+    amount = ["--out", tmp_path / "out", "--num-layers", "1", "--set", "data.batch=5", "--parallel", "fsdp", "--json"]
+    done = subprocess.run([*torchrun, *prune, *amount], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["proven"]
+    assert report["run"]["weights"] == "divided"
+    checks = verify_streamed(tmp_path / "model", tmp_path / "out", report["removed_layers"], trained=True)
+    assert all(check.passed for check in checks), checks
+    assert "processes" in (tmp_path / "out" / "report.html").read_text()
