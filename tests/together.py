@@ -85,13 +85,13 @@ def weighed(name: str, **options) -> tuple[dict, dict]:
         gate_learning._learn_step, transfer._step = first, second
 
 
-def outcome(result) -> dict:
-    """What of a run must not depend on the number of processes."""
+def outcome(result, weights: dict | None = None) -> dict:
+    """What of a run must not depend on the number of processes; `weights` where the result's own are divided."""
     return {
         "layers": result.removed_layers,
         "rounds": result.report["selection"]["rounds"],
         "history": result.history,
-        "weights": {name: p.detach().clone() for name, p in result.model.named_parameters()},
+        "weights": weights or {name: p.detach().clone() for name, p in result.model.named_parameters()},
         "perplexity": result.report["perplexity"],
     }
 

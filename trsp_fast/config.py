@@ -95,8 +95,9 @@ class RunConfig:
     """How a run executes.
 
     save_every: save the state after so many steps; 0: as often as takes a twentieth of the time.
-    parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `auto` does that where
-        torchrun has started several; `none` leaves every process on its own.
+    parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `fsdp` also divides the
+        weights among them; `auto`, where torchrun has started several, is `ddp` if a GPU holds a whole model in both
+        stages, else `fsdp`; `none` leaves every process on its own.
     deterministic: same bits on the same machine, at some cost on a GPU.
     compile: decoder layers through torch.compile; the first steps take long, the others less.
     offload: `weights` leaves the layers' weights in host memory and streams them to the device, one layer ahead,
@@ -104,7 +105,7 @@ class RunConfig:
     """
 
     save_every: int = _setting(0, low=0)
-    parallel: str = _setting("auto", choices=("none", "auto", "ddp"))
+    parallel: str = _setting("auto", choices=("none", "auto", "ddp", "fsdp"))
     deterministic: bool = _setting(False)
     compile: bool = _setting(False)
     offload: str = _setting("none", choices=("none", "weights"))

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.optimizers import require_optimizer
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
+from trsp_fast.engine.sharding import Shards, divided
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.gathering import own_rows, round_rows
 from trsp_fast.models.offload import HOST, streamed_layers
-from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.removal import kept_tensors, remove_layers
+from trsp_fast.models.sharded_export import verify_divided, write_divided
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
@@ -34,7 +37,7 @@ from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, first_difference, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
-from trsp_fast.run.state import Keeper, StateStore, Stop
+from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.transfer import require_room, transfer
 
@@ -83,7 +86,8 @@ def prune(
     interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
 
     Where torchrun has started several processes, each calls this with the same model, tokens and configuration and they
-    share the work (`run.parallel`). The first one alone proves, writes and has `events`.
+    share the work (`run.parallel`). The first one alone proves, writes and has `events`. With `fsdp` the weights are
+    divided among them, before and afterwards: no process has the result in one piece, `out` does.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -107,7 +111,9 @@ def prune(
         Interrupted: `stop` asked for the end and the state is kept.
         Lost: another process is gone; the state is kept.
     """
-    with nullcontext(group) if group else started(config) as processes:
+    with nullcontext(group) if group else started(config) as given, ExitStack() as during:
+        processes = divided(given, model, config)
+        during.enter_context(processes.watching())
         heard = (events or Events()) if processes.rank == 0 else Events()
         run = _Run(model, tokens, config, evaluation, heard, about or {}, processes)
         if out is None or processes.rank:
@@ -117,6 +123,7 @@ def prune(
             with resumable_output(out, resume=resume, restart=restart) as stage:
                 result = _write(run, stage, tokenizer, stop, accept_changes)
         processes.agree(None)  # nobody is done before the output has its name
+        run.session.keeper.discard()
     result.out = None if out is None else Path(out)
     return result
 
@@ -126,7 +133,7 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
     (stage / RUN).mkdir(exist_ok=True)
     _check_identity(stage, run.identity(), accept_changes, run.events)
     held = holds_state(stage)
-    run.keep(StateStore(stage / STATE), stop)
+    run.keep(stage / STATE, stop)
     if held and not run.session.keeper.resumes:
         run.events.note("no saved state of the interrupted run is whole, so that it begins anew.")
     logs: list[JsonLines | TensorBoard] = [JsonLines(stage / RUN / "events.jsonl")]
@@ -212,15 +219,16 @@ class _Run:
         if config.transfer.epochs:
             require_optimizer(config.transfer.optimizer)
         self.streams = config.run.offload == "weights"
-        device = own if config.device == "auto" and not self.streams else resolve_device(config.device)
+        device = group.device or (
+            own if config.device == "auto" and not self.streams else resolve_device(config.device)
+        )
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
             self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
         self.fingerprint = fingerprint(model)
-        self.source = SourceWeights(model, dtype)
-        self.model = model.to(HOST if self.streams else device).eval()
-        cast_parameters(self.model, dtype)
         self.dtype, self.device = dtype, device
+        self.source = self._place(model)
+        self.model = model
         if self.streams and config.transfer.epochs:  # said now, as far as it is known before stage 1
             require_room(self.model, [], config.transfer, device)
         self.perplexity: dict[str, float] = {}
@@ -229,6 +237,19 @@ class _Run:
             raise UserError(
                 "the model, the tokens or the configuration differ from those of process 0; give all the same."
             )
+
+    def _place(self, model: PreTrainedModel) -> SourceWeights:
+        """Put the model where it is computed and in which dtype; divided, where the weights are."""
+        model.eval()
+        if isinstance(self.group, Shards):
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            trained = bool(self.config.transfer.epochs) or self.config.select.train_weights
+            self.group.divide(model, self.dtype, trained=trained)
+            return SourceWeights(model, self.dtype, dtypes)
+        source = SourceWeights(model, self.dtype)
+        model.to(HOST if self.streams else self.device)
+        cast_parameters(model, self.dtype)
+        return source
 
     def _inputs(self) -> list[Any]:
         return [self.fingerprint, tokens_digest(self.tokens), json.dumps(self.config.to_dict())]
@@ -248,8 +269,9 @@ class _Run:
             "versions": versions(),
         }
 
-    def keep(self, store: StateStore | None, stop: Stop | None) -> None:
-        """Save states in `store`, and go on from what the first process has found in it."""
+    def keep(self, folder: Path | None, stop: Stop | None) -> None:
+        """Save states in `folder`, which the first process has, and go on from what is found in it."""
+        store = self.group.store(folder)
         keeper = Keeper(store, self.config.run.save_every, stop, share=self.group.share, highest=self.group.highest)
         self.session.keeper = keeper
         facts, identity = keeper.facts, {**self.identity(), "processes": None, "versions": None}
@@ -262,7 +284,7 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in keeper.base:
-                    parameter.copy_(keeper.base[name])
+                    own_rows(parameter).copy_(keeper.base[name])
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         before = torch.are_deterministic_algorithms_enabled()
@@ -283,6 +305,9 @@ class _Run:
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
             self._measure("transferred", self.model, self.group)
+        if isinstance(self.group, Shards):
+            small = self.group.without(self.model, removed)
+            return self._finish_divided(selection, transferred, small, stage, tokenizer)
         small = remove_layers(self.model, removed)
         history = {"select": selection.history, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
@@ -290,6 +315,41 @@ class _Run:
             self.source.restore(small)
         checks = [Check(**check) for check in report["checks"]]
         return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _finish_divided(
+        self,
+        selection: Selection,
+        transferred: list[dict[str, Any]],
+        small: PreTrainedModel,
+        stage: Path | None,
+        tokenizer: Any,
+    ) -> PruneResult:
+        """What `_prove` does where no process has the model: all prove together, the first one writes and reads."""
+        removed = sorted(selection.layers)
+        checks = verify_removal(self.model, small, removed)
+        require(checks)
+        dtypes = self._dtypes_of(small, removed)
+        round_rows(small, dtypes)
+        size = None
+        if self.group.agree(stage is not None):
+            write_divided(small, stage, dtypes, self.group.whole, tokenizer)
+            on_disk = verify_divided(small, stage, dtypes, self.group.whole)
+            checks += [Check(**check) for check in self.group.agree([asdict(check) for check in on_disk])]
+            require(checks)
+            size = checkpoint_bytes(stage) if stage else None
+        self.events.emit("checks", checks=[asdict(check) for check in checks])
+        self._measure("pruned", small, self.group)
+        self._require_quality()
+        history = {"select": selection.history, "transfer": transferred}
+        report = self.group.first(lambda: self._report(selection, removed, history, checks, {}, small, size))
+        return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _dtypes_of(self, small: PreTrainedModel, removed: list[int]) -> dict[str, torch.dtype]:
+        """In which the weights of a divided result are written: those in which they came."""
+        kept = [layer for layer in range(self.layers_before) if layer not in removed]
+        dtypes = {name: self.source.dtype(p) for name, p in kept_tensors(self.model, kept, "parameters").items()}
+        self.source.adopt({parameter: dtypes[name] for name, parameter in small.named_parameters()})
+        return dtypes
 
     def _prove(
         self,
@@ -329,7 +389,7 @@ class _Run:
             return self._of_wanted_size(Selection(**keeper.facts["selection"]))
         selection = self._of_wanted_size(self._choose())
         if self.config.select.train_weights and keeper.store:
-            keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+            keeper.base = {name: own_rows(p).cpu().clone() for name, p in self.model.named_parameters()}
         keeper.remember("selection", asdict(selection))
         return selection
 
@@ -344,8 +404,11 @@ class _Run:
         return selection
 
     def _choose(self) -> Selection:
-        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one."""
-        if self.config.select.method in ("trsp", "sleb"):
+        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one.
+
+        Where the weights are divided, nobody can be left alone.
+        """
+        if self.config.select.method in ("trsp", "sleb") or self.group.sharded:
             return choose_layers(self.model, self.tokens, self.config, session=self.session)
         alone = self.events
         return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))
@@ -395,8 +458,10 @@ class _Run:
         small: PreTrainedModel,
         size: int | None,
     ) -> dict[str, Any]:
-        before = sum(p.numel() * self.source.bytes_per_element(p) for p in self.model.parameters())
-        after = sum(p.numel() * p.element_size() for p in small.parameters())
+        parts = {"dense": self.model, "pruned": small}
+        counts = {name: sum(p.numel() for p in model.parameters()) for name, model in parts.items()}
+        before = sum(p.numel() * self.source.dtype(p).itemsize for p in self.model.parameters())
+        after = sum(p.numel() * self.source.dtype(p).itemsize for p in small.parameters())
         return {
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "data": None,
@@ -407,7 +472,7 @@ class _Run:
             "order_of_choice": selection.layers,
             "layers_before": self.layers_before,
             "layers_after": self.layers_before - len(removed),
-            "parameters": {name: int(values["parameters"]) for name, values in speed.items()},
+            "parameters": counts,
             "weight_bytes": {"dense": before, "pruned": after, "checkpoint": size},
             "perplexity": {k: v if math.isfinite(v) else None for k, v in self.perplexity.items()},
             "speed": speed,
@@ -432,6 +497,7 @@ class _Run:
                 "device": str(self.device),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "processes": self.group.size,
+                "weights": "divided" if self.group.sharded else "whole",
             },
             "config": self.config.to_dict(),
             "versions": versions(),

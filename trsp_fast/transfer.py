@@ -1,6 +1,5 @@
 """Stage 2 of TRSP (arXiv 2505.18232, section 3.3): move the knowledge of the chosen layers into those that stay."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
-from trsp_fast.engine.memory import MemoryPlan, plan_memory
+from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
 from trsp_fast.engine.objective import INFERENCE_BATCH, WindowOrder
 from trsp_fast.engine.optimizers import (
     STATE_BYTES,
@@ -102,7 +101,7 @@ def transfer(
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    weights = trainable_weights(model, layers, settings.trainable)
+    weights, group = trainable_weights(model, layers, settings.trainable), session.group
     teacher = _teacher(model, tokens, layers, weights, settings, session) if _imitates(settings) else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
@@ -113,6 +112,7 @@ def transfer(
             _gates(model, layers, settings) as gates,
             session.keeper.steps(),
         ):
+            weights = group.own(weights)
             optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
             tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
             run = _Training(
@@ -203,20 +203,15 @@ def _teacher(
     session: Session,
 ) -> Teacher:
     """The untouched model: its states of all windows, or copies of the weights that will be trained, others shared."""
-    points = _points(model, layers, settings)
+    points, group = _points(model, layers, settings), session.group
 
     def copied() -> Teacher:
         held = sum(parameter.nbytes for parameter in trained.values())
-        return UntouchedModel(_twin(model, trained), points, held)
+        return UntouchedModel(group.untouched(model, trained), points, held, whole=group.sharded)
 
+    if group.sharded:  # every process would store the states of windows that others will draw
+        return copied()
     return session.teacher(model, tokens, points, INFERENCE_BATCH, copied)
-
-
-def _twin(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
-    """The untouched model: copies of the weights that will be trained, the others shared."""
-    ids = {id(parameter) for parameter in trained.values()}
-    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
-    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> LayerGates:
@@ -227,6 +222,8 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
 
 
 def _plan(run: _Training) -> MemoryPlan:
+    if run.session.group.sharded:
+        return unprobed(run.model)
     trained = sum(parameter.numel() for parameter in run.weights.values())
 
     def step(windows: int) -> None:
@@ -295,7 +292,7 @@ def _step(run: _Training) -> None:
 
     run.session.accumulate(rows, work, begin)
     run.session.group.sum_with_gradients([*sums.values()], run.weights.values())
-    norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
+    norm = run.session.group.clip(run.weights.values(), settings.clip or math.inf)
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
     rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)
     set_rate(run.optimizer, rate)

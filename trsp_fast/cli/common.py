@@ -78,14 +78,21 @@ def on_disk(checkpoint: str, revision: str | None, only: str | None = None) -> s
         ) from None
 
 
-def load(model: str, config: Any, revision: str | None, remote_code: bool, dtype: str | None = None) -> Any:
-    """The model in the run's dtype, or in `dtype`."""
+def load(
+    model: str,
+    config: Any,
+    revision: str | None,
+    remote_code: bool,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """The model in the run's dtype and on its device, or in `dtype` and on `device`."""
     from trsp_fast.engine.precision import run_dtype
     from trsp_fast.models.checkpoint import load_model, resolve_device
 
     quiet_transformers()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
-    device = config.device if config.run.offload == "none" else "cpu"
+    device = device or (config.device if config.run.offload == "none" else "cpu")
     return load_model(model, dtype=wanted, device=device, revision=revision, remote_code=remote_code)
 
 

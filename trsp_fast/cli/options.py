@@ -46,6 +46,6 @@ AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Resume although data, settings or versions differ.")
 ]
 Parallel = Annotated[
-    str | None, typer.Option("--parallel", help="auto, ddp or none: what torchrun's processes do together.")
+    str | None, typer.Option("--parallel", help="auto, ddp, fsdp or none: what torchrun's processes do together.")
 ]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluate on this instead of a part of --data.")]

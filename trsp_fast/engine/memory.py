@@ -103,6 +103,14 @@ def plan_memory(
     )
 
 
+def unprobed(model: PreTrainedModel) -> MemoryPlan:
+    """What takes least: one window in a pass, every layer recomputed. Divided weights come and go, and are not probed.
+
+    A process that ran out of memory while probing would leave the others waiting.
+    """
+    return MemoryPlan(1, tuple(range(len(layer_stack(model)))))
+
+
 @dataclass(frozen=True)
 class _Line:
     """Bytes as a line in the number of windows."""

@@ -22,7 +22,7 @@ def perplexity(
         group: processes that share the windows, each with this model.
     """
     group, total = group or Group(), torch.zeros((), dtype=torch.float64)
-    for rows, weight in group.parts(torch.arange(len(tokens)), 0):
+    for rows, weight in group.parts(torch.arange(len(tokens)), batch):
         total += mean_loss(model, tokens[rows], batch) * weight
     group.sum([total])
     loss = float(total)

@@ -66,7 +66,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             order=WindowOrder(len(tokens), batch, config.seed),
             steps=settings.steps_per_round or -(-len(tokens) // batch),
             masters=masters,
-            weights=dict(model.named_parameters()) if settings.train_weights else {},
+            weights=session.group.own(dict(model.named_parameters())) if settings.train_weights else {},
         )
         window = tokens[:1].to(gates.values.device)
         with masters.autocast:
