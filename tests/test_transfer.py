@@ -22,6 +22,7 @@ transfer_module = importlib.import_module("trsp_fast.transfer")  # the package h
 
 PLAIN = {
     "objective": "lm",
+    "hidden": 0.0,
     "gate": "none",
     "lambda2": 0.0,
     "epochs": 2,

@@ -14,7 +14,11 @@ context.set_forkserver_preload(["killing", "tiny", "trsp_fast.pruner", "transfor
 
 # 7 windows in batches of 3: with two processes shares of 1 and 2, and the last batch's one row is the second one's
 SETTINGS = {
-    "default": {"num_layers": 2, "select": {"steps_per_round": 3}, "transfer": {"epochs": 2}},
+    "default": {
+        "num_layers": 2,
+        "select": {"steps_per_round": 3},
+        "transfer": {"epochs": 2, "hold": 0.5, "lambda2": 1.0},
+    },
     # Adam and weights trained in stage 1, no distillation, norms that stay: gradients of all kinds
     "paper": {
         "preset": "paper",

@@ -58,7 +58,8 @@ class TransferConfig:
     detach_input: D moves the chosen layer only, not the layers before it.
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
     hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
-    gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps.
+    gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps; with
+        the default hold of 1 they are 0 from the first step, and the layers cost nothing.
     epochs: passes over the calibration data; 0 skips stage 2.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
     optimizer: `adamw`, or `adamw8bit` (torchao's, moments in 8 bits: a quarter of the optimiser's memory).
@@ -66,19 +67,24 @@ class TransferConfig:
     """
 
     norm: str = _setting("l2", choices=("l1", "l2", "frobenius"))
-    lambda2: float = _setting(1.0, low=0)
+    lambda2: float = _setting(0.0, low=0)
     lambda_schedule: str = _setting("constant", choices=("constant", "grow"))
     detach_input: bool = _setting(True)
     objective: str = _setting("distill", choices=("lm", "distill"))
-    hidden: float = _setting(0.0, low=0)
+    hidden: float = _setting(30.0, low=0)
     gate: str = _setting("anneal", choices=("none", "anneal"))
-    hold: float = _setting(0.8, low=0, high=1)
+    hold: float = _setting(1.0, low=0, high=1)
     epochs: int = _setting(3, low=0)
-    lr: float = _setting(5e-4, low=0)
+    lr: float = _setting(1e-3, low=0)
     warmup: float = _setting(0.05, low=0, high=1)
     clip: float = _setting(1.0, low=0)
     optimizer: str = _setting("adamw", choices=("adamw", "adamw8bit"))
     trainable: str = _setting("all", choices=("all", "neighbours"))
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the untouched model, or its states, must be there."""
+        return self.objective == "distill" or self.hidden > 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lambda_schedule": "constant",
             "detach_input": False,
             "objective": "lm",
+            "hidden": 0.0,
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
@@ -248,14 +255,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lambda_schedule": "constant",
             "detach_input": False,
             "objective": "lm",
+            "hidden": 0.0,
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
             "warmup": 0.03,
         },
     },
-    # No transfer before the cut: the gates are 0 from the first step, the same tokens are spent on the cut model.
-    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0}},
+    # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
+    "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0}},
+    # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
+    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "lr": 5e-4}},
 }
 
 

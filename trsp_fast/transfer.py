@@ -102,7 +102,7 @@ def transfer(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     weights, group = trainable_weights(model, layers, settings.trainable), session.group
-    teacher = _teacher(model, tokens, layers, weights, settings, session) if _imitates(settings) else None
+    teacher = _teacher(model, tokens, layers, weights, settings, session) if settings.imitates else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
     try:
@@ -160,7 +160,7 @@ def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: Transfer
     """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
     trained = trainable_weights(model, layers, settings.trainable).values()
     held = sum(parameter.nbytes for parameter in model.parameters())
-    held += sum(parameter.nbytes for parameter in trained) if settings.objective == "distill" else 0
+    held += sum(parameter.nbytes for parameter in trained) if settings.imitates else 0
     return held + round(sum((4 - p.itemsize + 4 + STATE_BYTES[settings.optimizer]) * p.numel() for p in trained))
 
 
@@ -177,10 +177,6 @@ def require_room(model: PreTrainedModel, layers: Sequence[int], settings: Transf
             f"stage 2 trains the weights on {device} and holds {needed / 1e9:.2f} GB there, {(free + there) / 1e9:.2f} "
             "GB are free; give transfer.epochs=0 or transfer.trainable=neighbours, or use a device with more memory."
         )
-
-
-def _imitates(settings: TransferConfig) -> bool:
-    return settings.objective == "distill" or settings.hidden > 0
 
 
 def _points(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> list[int]:

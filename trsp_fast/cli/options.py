@@ -33,7 +33,7 @@ Layers = Annotated[str | None, typer.Option("--layers", help="Layers to remove, 
 Ratio = Annotated[str | None, typer.Option("--ratio", help="Share of the layers to remove, between 0 and 1.")]
 NumLayers = Annotated[str | None, typer.Option("--num-layers", help="Number of layers to remove.")]
 Seed = Annotated[str | None, typer.Option("--seed", help="Seed of every random choice.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code or cut-first.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code, two-stage or cut-first.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML or JSON file with fields of the configuration.")
 ]

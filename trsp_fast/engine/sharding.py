@@ -149,7 +149,7 @@ def needed(model: PreTrainedModel, config: TRSPConfig) -> float:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if not (config.transfer.epochs or config.select.train_weights):
         return parameters * COMPUTE
-    teacher = COMPUTE if config.transfer.objective == "distill" else 0
+    teacher = COMPUTE if config.transfer.imitates else 0
     return parameters * (2 * FP32 + STATE_BYTES[config.transfer.optimizer] + teacher)
 
 
