@@ -72,6 +72,8 @@ class Shards(Replicas):
         return copy_of(model, self._mesh, self.compute, exact=False)
 
     def without(self, model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+        """The model without some layers, divided alike: a copy of this process's rows."""
+        self._pairs = []  # with the last gradients
         return copy_of(model, self._mesh, self.compute, without=layers)
 
     def whole(self, tensor: Tensor) -> Tensor:
