@@ -48,17 +48,14 @@ class Protocol:
     def within(self, models: Sequence[PreTrainedModel]) -> tuple["Protocol", list[str]]:
         """The protocol in the shortest of the models' contexts, and a sentence for each length that was cut."""
         context = min(_context(model) for model in models)
-        cut = {
-            name: limit
-            for name, limit in (("prompt", context), ("new_tokens", context - START))
-            if getattr(self, name) > limit
-        }
-        what = {"prompt": "the latency's prompt", "new_tokens": "generation"}
+        prompt, new_tokens = min(self.prompt, context), min(self.new_tokens, context - START)
+        lengths = {"the prompt": (prompt, self.prompt), "generation": (new_tokens, self.new_tokens)}
         notes = [
-            f"{what[name]} has {limit} tokens, not {getattr(self, name)}: the context is {context}."
-            for name, limit in cut.items()
+            f"{what} has {cut} tokens, not {wanted}, in a context of {context}."
+            for what, (cut, wanted) in lengths.items()
+            if cut < wanted
         ]
-        return dataclasses.replace(self, **cut), notes
+        return dataclasses.replace(self, prompt=prompt, new_tokens=new_tokens), notes
 
 
 @dataclass
