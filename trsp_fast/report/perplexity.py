@@ -12,7 +12,6 @@ from trsp_fast.engine.memory import is_out_of_memory
 from trsp_fast.engine.objective import INFERENCE_BATCH
 from trsp_fast.errors import UserError
 
-AUTHORS_WINDOW = 2048
 UNSCORED = -100  # the label of a token that is context only, as transformers' losses take it
 
 # (windows done, windows in all)
@@ -92,8 +91,8 @@ def strided_perplexity(
 def authors_perplexity(model: PreTrainedModel, tokens: Tensor, *, progress: Progress | None = None) -> float:
     """Perplexity as SLEB's line of code computes it, on which the paper's evaluation rests.
 
-    What it does otherwise than `perplexity`: windows have 2048 tokens whatever the model's context is
-    (`AUTHORS_WINDOW`); one is computed at a time; the mean loss of a window's seq - 1 predictions is multiplied by seq,
+    What it does otherwise than `perplexity`: windows have 2048 tokens whatever the model's context is;
+    one is computed at a time; the mean loss of a window's seq - 1 predictions is multiplied by seq,
     added up in fp32 and divided by windows * seq. All windows have the same length, so that factor cancels, and on the
     same windows the two agree up to rounding. Published figures use WikiText-2's test split, its lines joined by blank
     lines and tokenised as one text, the rest that fills no window dropped, in fp16.
