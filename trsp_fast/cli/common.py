@@ -148,8 +148,6 @@ def quiet_libraries() -> None:
     """Other libraries' progress bars and advice do not belong into this tool's output."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quiet_transformers() -> None:

@@ -1,7 +1,10 @@
 """Scores of a model in memory on tasks of lm-evaluation-harness (the extra `tasks`)."""
 
+import contextlib
 import functools
+import io
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from transformers import PreTrainedModel
 
 from trsp_fast.engine.objective import INFERENCE_BATCH
 from trsp_fast.errors import UserError
+
+FEWSHOT_SEED = 1234  # lm-eval's own, which published figures are made with
 
 
 def score_tasks(
@@ -38,25 +43,29 @@ def score_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    named = {name: _named(manager, name) for name in dict.fromkeys(tasks)}
-    device = next(model.parameters()).device
+    device, training = next(model.parameters()).device, model.training
     batch: int | str = "auto" if device.type == "cuda" else INFERENCE_BATCH
-    training = model.training
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(device))
-    found = lm_eval.simple_evaluate(
-        harness,
-        tasks=[one for whole, _ in named.values() for one in whole],
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    with _bars():
+        named = {name: _named(manager, name) for name in dict.fromkeys(tasks)}
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(device))
+        loaded = manager.load([one for whole, _ in named.values() for one in whole])
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        # Not simple_evaluate, which reseeds the process and asks pip and nvidia-smi about it for 10 s each time.
+        found = lm_eval.evaluate(harness, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     model.train(training)
     scores: dict[str, float | None] = {}
     for name, (_, parts) in named.items():
         own = _score(found["results"].get(name, {}))
         scores |= {name: own} if own is not None else {part: _score(found["results"][part]) for part in parts}
     return {name: score for name, score in scores.items() if score is not None}
+
+
+def _bars() -> contextlib.AbstractContextManager[Any]:
+    """lm-eval's bars, which cannot be switched off, stay out of what is no terminal."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
