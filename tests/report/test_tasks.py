@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_llama
 
 from trsp_fast import cli, remove_layers
+from trsp_fast.compare.arms import chosen_arms
+from trsp_fast.compare.output import compare_into
+from trsp_fast.compare.runner import Comparer
+from trsp_fast.config import TRSPConfig
 from trsp_fast.data import demo_model
-from trsp_fast.errors import UserError
+from trsp_fast.errors import Interrupted, UserError
 from trsp_fast.models.checkpoint import load_model, load_tokenizer
 from trsp_fast.models.gates import bypassed
 from trsp_fast.report.tasks import score_tasks, task_manager
+from trsp_fast.run.events import Events
 
 EXAMPLES = [
     ("import os\nimport", [" sys", " zebra"], 0),
@@ -151,3 +157,24 @@ def test_eval_and_compare_score_tasks(run, folder, demo, tmp_path):
 )
 def test_mistakes_are_one_sentence(run, arguments, sentence):
     assert run("eval", "demo", *arguments) == (2, "", f"trsp-fast: {sentence}\n")
+
+
+def test_an_interrupted_comparison_goes_on_with_the_same_tasks_only(tmp_path):
+    def comparer(about, stop):
+        def killer(kind, values):
+            if kind == "arm_done" and values["arm"] == "first" and stop:
+                raise KeyboardInterrupt
+
+        tokens = torch.randint(0, 97, (2, 8), generator=torch.Generator().manual_seed(1))
+        found = Comparer(tiny_llama(3), lambda seed: tokens, tokens, TRSPConfig(num_layers=1), events=Events(killer))
+        found.tasks, found.tasks_about = lambda model: {"count": float(model.config.num_hidden_layers)}, about
+        return found
+
+    arms, about = chosen_arms("first"), {"model": "tiny", "data": "random", "command": "", "evaluation_data": None}
+    about["versions"] = {"trsp_fast": "0", "torch": "0"}
+    with pytest.raises(Interrupted):
+        compare_into(tmp_path / "out", comparer({"names": ["count"]}, stop=True), arms, [1], [0], about)
+    with pytest.raises(UserError, match="had tasks"):
+        compare_into(tmp_path / "out", comparer({"names": ["piqa"]}, False), arms, [1], [0], about, resume=True)
+    found = compare_into(tmp_path / "out", comparer({"names": ["count"]}, False), arms, [1], [0], about, resume=True)
+    assert [row["tasks"] for row in found["arms"]] == [{"count": 3.0}, {"count": 2.0}]  # rebuilt, not bypassed
