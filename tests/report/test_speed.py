@@ -145,6 +145,20 @@ def test_spans_that_overlap_count_once():
     assert busy_seconds(lambda: None, CPU) is None
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_tells_its_memory_and_how_long_it_waits():
+    model = random_model("tiny", device=torch.device("cuda"), dtype=torch.bfloat16)
+    (found,) = compare_speed([model], Protocol(batch=2, new_tokens=8, prompt=16, rounds=2))
+    for measured in (found.latency, found.generation["dynamic"]):
+        assert measured.peak_bytes > found.weight_bytes
+        assert 0 < measured.host_bound < 1  # so small a model waits, and computes
+
+    def work():
+        torch.ones(1 << 20, device="cuda")
+
+    assert peak_growth(work, torch.device("cuda")) == 4 << 20
+
+
 # ---- shapes
 
 

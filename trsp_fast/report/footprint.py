@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -60,6 +61,7 @@ def busy_seconds(work: Callable[[], None], device: torch.device) -> float | None
     """
     if device.type != "cuda":
         return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints its own comings and goings
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize(device)
