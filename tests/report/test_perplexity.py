@@ -2,14 +2,12 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from trsp_fast import cli
 from trsp_fast.errors import UserError
 from trsp_fast.report.perplexity import authors_perplexity, perplexity, strided_perplexity
 
@@ -118,18 +116,6 @@ def test_a_window_that_does_not_fit_is_a_sentence_and_other_errors_go_on(llama, 
     llama.forward = lambda **options: (_ for _ in ()).throw(RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         perplexity(llama, stream[:96].view(-1, 8))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trsp-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_eval_has_protocols_and_strides(run, tmp_path):

@@ -1,13 +1,12 @@
 """speed: the protocol asked for is the one that is run, and its figures belong together. No time is asserted."""
 
 import json
-import sys
 
 import pytest
 import torch
 from tiny import tiny_llama
 
-from trsp_fast import cli, remove_layers
+from trsp_fast import remove_layers
 from trsp_fast.errors import UserError
 from trsp_fast.report import speed
 from trsp_fast.report.footprint import busy_seconds, covered, peak_growth
@@ -185,18 +184,6 @@ def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
 
 
 # ---- the command
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trsp-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 SHORT = ("--batch", 2, "--new-tokens", 2, "--prompt", 4, "--rounds", 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from trsp_fast import cli, remove_layers
+from trsp_fast import remove_layers
 from trsp_fast.compare.arms import chosen_arms
 from trsp_fast.compare.output import compare_into
 from trsp_fast.compare.runner import Comparer
@@ -17,7 +17,7 @@ from trsp_fast.data import demo_model
 from trsp_fast.errors import Interrupted, UserError
 from trsp_fast.models.checkpoint import load_model, load_tokenizer
 from trsp_fast.models.gates import bypassed
-from trsp_fast.report.tasks import score_tasks, task_manager
+from trsp_fast.report.tasks import _score, score_tasks, task_manager
 from trsp_fast.run.events import Events
 
 EXAMPLES = [
@@ -111,18 +111,6 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
         task_manager(["piqa"])
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trsp-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
-
-
 @pytest.mark.usefixtures("harness")
 def test_eval_and_compare_score_tasks(run, folder, demo, tmp_path):
     tasks = ("--tasks", "local_code,local_norm", "--task-path", folder)
@@ -178,3 +166,10 @@ def test_an_interrupted_comparison_goes_on_with_the_same_tasks_only(tmp_path):
         compare_into(tmp_path / "out", comparer({"names": ["piqa"]}, False), arms, [1], [0], about, resume=True)
     found = compare_into(tmp_path / "out", comparer({"names": ["count"]}, False), arms, [1], [0], about, resume=True)
     assert [row["tasks"] for row in found["arms"]] == [{"count": 3.0}, {"count": 2.0}]  # rebuilt, not bypassed
+
+
+def test_accuracy_comes_before_other_figures():
+    values = {"alias": "x", "sample_len": 5, "acc_norm,none": 0.5, "acc,none": 0.25, "acc_stderr,none": 0.01}
+    assert _score(values) == 0.25
+    assert _score({"alias": "x", "exact_match_stderr,none": 0.1, "exact_match,flexible": 0.75}) == 0.75
+    assert _score({"alias": "a group without a figure of its own", "sample_len": 5}) is None

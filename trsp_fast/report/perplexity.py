@@ -89,13 +89,13 @@ def strided_perplexity(
 
 
 def authors_perplexity(model: PreTrainedModel, tokens: Tensor, *, progress: Progress | None = None) -> float:
-    """Perplexity as SLEB's line of code computes it, on which the paper's evaluation rests.
+    """Perplexity as the authors' code base computes it, which SLEB's and many others' share.
 
-    What it does otherwise than `perplexity`: windows have 2048 tokens whatever the model's context is;
-    one is computed at a time; the mean loss of a window's seq - 1 predictions is multiplied by seq,
-    added up in fp32 and divided by windows * seq. All windows have the same length, so that factor cancels, and on the
-    same windows the two agree up to rounding. Published figures use WikiText-2's test split, its lines joined by blank
-    lines and tokenised as one text, the rest that fills no window dropped, in fp16.
+    What it does otherwise than `perplexity`: windows have 2048 tokens whatever the model's context is (the caller cuts
+    them); one is computed at a time; the mean loss of a window's seq - 1 predictions is multiplied by seq, added up in
+    fp32 and divided by windows * seq. All windows have the same length, so that factor cancels, and on the same windows
+    the two agree up to rounding. It is meant for WikiText-2's test split, its lines joined by blank lines and tokenised
+    as one text, the rest that fills no window dropped.
 
     Args:
         tokens: int64 `[windows, seq]`.
