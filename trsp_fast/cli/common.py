@@ -136,6 +136,15 @@ def byte_bar(title: str, as_json: bool) -> Any:
     return byte_bar(title)
 
 
+def step_bar(title: str, as_json: bool) -> Any:
+    """A context that gives progress(done, total) in steps: a bar on a terminal, nothing elsewhere."""
+    if as_json or not sys.stderr.isatty():
+        return contextlib.nullcontext(lambda done, total: None)
+    from trsp_fast.report.terminal import step_bar
+
+    return step_bar(title)
+
+
 def events_for(as_json: bool) -> Any:
     from trsp_fast.report.terminal import progress_listener
     from trsp_fast.run.events import Events

@@ -48,6 +48,15 @@ def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with steps done and the time left, moved by calls of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class _Lines:
     """One plain line for what matters; steps of stage 2 at every tenth."""
 
