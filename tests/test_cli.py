@@ -134,7 +134,12 @@ def test_tensors_keep_their_own_dtype_whatever_the_configuration_says(run, tmp_p
     assert run("verify", tmp_path / "mixed", tmp_path / "out", "--removed", "4")[0] == 0
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+WRONG_KINDS = json.dumps(
+    {"removed_layers": 3, "perplexity": {}, "speed": {}, "selection": {}, "transfer": [], "config": {}}
+)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", WRONG_KINDS], ids=["cut off", "empty", "list", "wrong kinds"])
 def test_a_broken_report_is_one_sentence(run, tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     code, _, error = run("report", tmp_path)
@@ -413,7 +418,7 @@ def test_an_end_by_sigterm_says_what_is_left(run, model, tokens, tmp_path, monke
     def work(*_arguments, **_options):
         raise end
 
-    monkeypatch.setattr(cli, "_prune", work)
+    monkeypatch.setattr("trsp_fast.cli.prune._prune", work)
     rest = (model, "--num-layers", 1, "--data", tokens) if command == "prune" else ()
     assert run(command, *rest, "--out", tmp_path / "out") == (143, "", f"trsp-fast: {sentence}\n")
 

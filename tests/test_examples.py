@@ -1,6 +1,8 @@
 """The examples run as they stand, and the demo model's training reproduces."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,25 @@ def example(name, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
+@pytest.fixture
+def example_here(monkeypatch, capsys):
+    """What an example prints, run in this process, which has imported everything already."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+SMALL = ("--windows", 4, "--length", 32)
+
+
+def figures(text, pattern):
+    return [float(figure.replace(",", "")) for figure in re.findall(pattern, text)]
+
+
 def test_prune_local_model(stories_folder, stories_text, tmp_path):
     result = example("prune_local_model.py", stories_folder, stories_text, "out", "--samples", 12, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -33,6 +54,58 @@ def test_shrink_while_generating(tmp_path):
     assert "the cache holds 48 in" in result.stdout
     assert "bytes hold 64 tokens now" in result.stdout
     assert "identical to never having cut: True" in result.stdout
+
+
+def test_own_training_loop(example_here):
+    shown = example_here("own_training_loop.py", *SMALL, "--remove", 2, "--steps", 2)
+    dense, cut, bypassed = figures(shown, r"(?:layers:|\]:|bypassed) ([\d.,]+\d)")
+    assert cut == bypassed
+    assert dense != cut
+    assert shown.count(" goes: gate ") == 2
+
+
+def test_ops_backend(example_here):
+    shown = example_here("ops_backend.py", "--tokens", 37, "--hidden", 65, "--calls", 1, "--device", "cpu")
+    differences = figures(shown, r"largest difference (\S+) of")
+    assert len(differences) == 6
+    assert max(differences) < 1e-5
+    assert "those of the gate: True" in shown
+
+
+def test_compare_methods(example_here):
+    shown = example_here("compare_methods.py", *SMALL, "--num-layers", 1, "--methods", "shortgpt,last,random")
+    assert len(figures(shown, r"perplexity (\S+)")) == 4
+    assert re.search(r"last: perplexity \S+ without \[11\]", shown)
+
+
+def test_continue_after_the_cut(example_here):
+    shown = example_here("continue_after_the_cut.py", *SMALL, "--layers", "4,9", "--steps", 3)
+    dense, cut, tuned = figures(shown, r"(?:dense|cut|tuned): perplexity ([\d.,]+\d)")
+    assert dense < cut
+    assert tuned != cut
+    assert "tuning " in shown
+    sizes = figures(shown, r"([\d.]+) MB")
+    assert len(sizes) == 1 or sizes[1] < 0.5 * sizes[0] or "does not quantise" in shown
+
+
+@pytest.mark.slow
+def test_prune_with_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "prune_with_torchrun.py"), "out", *map(str, SMALL), "--num-layers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes removed layers [" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 11
+
+
+@pytest.mark.slow
+def test_train_small_model(tmp_path):
+    sizes = ("--layers", 2, "--width", 32, "--batch", 2, "--steps", 2, "--stop-after", 2)
+    result = example("train_small_model.py", "--family", "qwen3", *sizes, "--out", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert trained.config.model_type == "qwen3"
+    assert trained.config.num_hidden_layers == 2
 
 
 @pytest.mark.slow

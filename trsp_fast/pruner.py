@@ -3,8 +3,6 @@
 import copy
 import importlib.util
 import json
-import math
-import platform
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -31,15 +29,20 @@ from trsp_fast.models.offload import HOST, streamed_layers
 from trsp_fast.models.removal import kept_tensors, remove_layers
 from trsp_fast.models.sharded_export import verify_divided, write_divided
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
+from trsp_fast.report.card import write_card
 from trsp_fast.report.html import write_report
 from trsp_fast.report.perplexity import perplexity
+from trsp_fast.report.record import Outcome, report_of, versions
 from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, first_difference, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
 from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.select import Selection, choose_layers
+from trsp_fast.select.shortgpt import block_influence
 from trsp_fast.transfer import require_room, transfer
+
+SIMILARITY_WINDOWS = 16  # calibration windows on which each layer's input and output are compared, for the report
 
 
 @dataclass
@@ -149,6 +152,7 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
             log.close()
     write_json(stage / "report.json", result.report)
     write_report(result.report, stage / "report.html")
+    write_card(result.report, stage / "README.md")
     return result
 
 
@@ -232,6 +236,7 @@ class _Run:
         if self.streams and config.transfer.epochs:  # said now, as far as it is known before stage 1
             require_room(self.model, [], config.transfer, device)
         self.perplexity: dict[str, float] = {}
+        self.similarity: dict[str, list[float]] = {}
         self.seconds: dict[str, float] = {}
         if group.agree(self._inputs()) != self._inputs():
             raise UserError(
@@ -302,9 +307,11 @@ class _Run:
         self.events.emit("selected", layers=removed)
         with bypassed(self.model, removed):
             self._measure("cut", self.model, self.group)
+        self._compare_layers("before")
         transferred = self._timed("transfer", lambda: self._transfer(removed))
         if transferred:
             self._measure("transferred", self.model, self.group)
+            self._compare_layers("after")
         if isinstance(self.group, Shards):
             small = self.group.without(self.model, removed)
             return self._finish_divided(selection, transferred, small, stage, tokenizer)
@@ -330,18 +337,16 @@ class _Run:
         require(checks)
         dtypes = self._dtypes_of(small, removed)
         round_rows(small, dtypes)
-        size = None
         if self.group.agree(stage is not None):
             write_divided(small, stage, dtypes, self.group.whole, tokenizer)
             on_disk = verify_divided(small, stage, dtypes, self.group.whole)
             checks += [Check(**check) for check in self.group.agree([asdict(check) for check in on_disk])]
             require(checks)
-            size = checkpoint_bytes(stage) if stage else None
         self.events.emit("checks", checks=[asdict(check) for check in checks])
         self._measure("pruned", small, self.group)
         self._require_quality()
         history = {"select": selection.history, "transfer": transferred}
-        report = self.group.first(lambda: self._report(selection, removed, history, checks, {}, small, size))
+        report = self.group.first(lambda: self._report(selection, history, checks, {}, small, stage))
         return PruneResult(removed, small, history, self.perplexity, checks, report)
 
     def _dtypes_of(self, small: PreTrainedModel, removed: list[int]) -> dict[str, torch.dtype]:
@@ -367,19 +372,59 @@ class _Run:
             speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
         self.source.restore(small)
         if stage is None:
-            size, measured = None, copy.deepcopy(small)
+            measured = copy.deepcopy(small)
         else:
             save_checkpoint(small, stage, tokenizer)
             on_disk, measured = verify_checkpoint(small, stage)
             checks += on_disk
             require(checks)
-            size = checkpoint_bytes(stage)
         self.events.emit("checks", checks=[asdict(check) for check in checks])
         measured = measured.to(HOST if self.streams else self.device)
         cast_parameters(measured, self.dtype)
         self._measure("pruned", measured)
         self._require_quality()
-        return self._report(selection, removed, history, checks, speed, small, size)
+        return self._report(selection, history, checks, speed, small, stage)
+
+    def _report(
+        self,
+        selection: Selection,
+        history: dict[str, list[dict[str, Any]]],
+        checks: list[Check],
+        speed: dict[str, dict[str, float]],
+        small: PreTrainedModel,
+        stage: Path | None,
+    ) -> dict[str, Any]:
+        size = {
+            "dense": sum(p.numel() * self.source.dtype(p).itemsize for p in self.model.parameters()),
+            "pruned": sum(p.numel() * self.source.dtype(p).itemsize for p in small.parameters()),
+            "checkpoint": checkpoint_bytes(stage) if stage else None,
+        }
+        run = {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.group.size,
+            "weights": "divided" if self.group.sharded else "whole",
+        }
+        models = {"dense": self.model, "pruned": small}
+        outcome = Outcome(
+            about=self.about,
+            config=self.config,
+            model=self.model,
+            layers_before=self.layers_before,
+            selection=selection,
+            history=history,
+            perplexity=self.perplexity,
+            similarity=self.similarity,
+            speed=speed,
+            parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+            weight_bytes=size,
+            checks=checks,
+            tokens=self.tokens,
+            evaluation=self.evaluation,
+            seconds=self.seconds,
+            run=run,
+        )
+        return report_of(outcome)
 
     def _select(self) -> Selection:
         if self.config.layers is not None:
@@ -433,6 +478,16 @@ class _Run:
                 self.perplexity[name] = perplexity(model, self.evaluation, group=group)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 
+    def _compare_layers(self, when: str) -> None:
+        """Cosine of each layer's input and output, all layers on, for the report: the first process's, if it can alone.
+
+        A window at a time, so that no run ends here for want of memory.
+        """
+        if self.group.rank == 0 or self.group.sharded:
+            with self._placed(self.model):
+                influence = block_influence(self.model, self.tokens[:SIMILARITY_WINDOWS], batch=1)
+            self.similarity[when] = [1 - value for value in influence]
+
     def _require_quality(self) -> None:
         bound = self.config.quality.max_perplexity_ratio
         ratio = self.perplexity["pruned"] / self.perplexity["dense"] if bound else 0.0
@@ -448,76 +503,6 @@ class _Run:
         self.seconds[name] = round(time.perf_counter() - began, 2)
         return value
 
-    def _report(
-        self,
-        selection: Selection,
-        removed: list[int],
-        history: dict[str, list[dict[str, Any]]],
-        checks: list[Check],
-        speed: dict[str, dict[str, float]],
-        small: PreTrainedModel,
-        size: int | None,
-    ) -> dict[str, Any]:
-        parts = {"dense": self.model, "pruned": small}
-        counts = {name: sum(p.numel() for p in model.parameters()) for name, model in parts.items()}
-        before = sum(p.numel() * self.source.dtype(p).itemsize for p in self.model.parameters())
-        after = sum(p.numel() * self.source.dtype(p).itemsize for p in small.parameters())
-        return {
-            "model": self.model.config.name_or_path or type(self.model).__name__,
-            "data": None,
-            "evaluation_data": None,
-            "command": None,
-            **self.about,
-            "removed_layers": removed,
-            "order_of_choice": selection.layers,
-            "layers_before": self.layers_before,
-            "layers_after": self.layers_before - len(removed),
-            "parameters": counts,
-            "weight_bytes": {"dense": before, "pruned": after, "checkpoint": size},
-            "perplexity": {k: v if math.isfinite(v) else None for k, v in self.perplexity.items()},
-            "speed": speed,
-            "checks": [asdict(check) for check in checks],
-            "proven": all(check.passed for check in checks),
-            "trained": bool(history["transfer"]) or (bool(history["select"]) and self.config.select.train_weights),
-            "selection": {
-                "method": "given" if self.config.layers is not None else self.config.select.method,
-                "window_forwards": selection.window_forwards,
-                "rounds": selection.rounds,
-            },
-            "transfer": _summary(history["transfer"]),
-            "tokens": {
-                "calibration": self.tokens.numel(),
-                "windows": len(self.tokens),
-                "seq_len": self.tokens.shape[1],
-                "evaluation": 0 if self.evaluation is None else self.evaluation.numel(),
-                "trained_on": self.tokens.numel() * self.config.transfer.epochs,
-            },
-            "seconds": self.seconds,
-            "run": {
-                "device": str(self.device),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "processes": self.group.size,
-                "weights": "divided" if self.group.sharded else "whole",
-            },
-            "config": self.config.to_dict(),
-            "versions": versions(),
-        }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    import transformers
-
-    from trsp_fast import __version__
-
-    return {
-        "trsp_fast": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
-
 
 def _check_tokens(tokens: Tensor, model: PreTrainedModel) -> None:
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[0] < 1 or tokens.shape[1] < 2:
@@ -525,10 +510,3 @@ def _check_tokens(tokens: Tensor, model: PreTrainedModel) -> None:
             f"tokens are {tokens.dtype} {list(tokens.shape)}; give whole numbers [samples, seq] with seq at least 2."
         )
     check_vocabulary(tokens, model.config.get_text_config(decoder=True).vocab_size)
-
-
-def _summary(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 24 evenly spaced steps of stage 2, first and last among them."""
-    if len(history) <= 24:
-        return history
-    return [history[round(i * (len(history) - 1) / 23)] for i in range(24)]

@@ -162,8 +162,8 @@ def compare(
     from trsp_fast.compare.runner import layer_counts
     from trsp_fast.config import TRSPConfig
     from trsp_fast.data import check_source
-    from trsp_fast.pruner import versions
     from trsp_fast.report.comparison import sentences, table_head, table_rows
+    from trsp_fast.report.record import versions
     from trsp_fast.run.output import check_output
 
     chosen, numbers = chosen_arms(arms), number_list("seeds", seeds, int)
@@ -243,4 +243,8 @@ def report(
         write_report(values, folder / "report.html")
     except (KeyError, jinja2.UndefinedError) as error:
         raise UserError(f"{str(path)!r} lacks {error}; give a folder written by trsp-fast prune or demo.") from None
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{str(path)!r} holds other things than a report ({error}); give a folder written by prune or demo."
+        ) from None
     print_answer({"report": str(folder / "report.html")}, as_json, f"{headline(values)}\n{folder / 'report.html'}")

@@ -5,10 +5,21 @@ from typing import Any
 
 import jinja2
 
+from trsp_fast.report.record import thinned
+from trsp_fast.report.run_plots import run_plots
+
+ROWS = 24  # steps of stage 2 that the table shows; the plots show them all
+
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Render the numbers of report.json as a page."""
-    page = template("report.html.j2").render(r=report, headline=headline(report), settings=settings(report))
+    page = template("report.html.j2").render(
+        r=report,
+        headline=headline(report),
+        plots=run_plots(report),
+        steps=thinned(report["transfer"], ROWS),
+        settings=settings(report),
+    )
     path.write_text(page, encoding="utf-8")
 
 
@@ -22,6 +33,8 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters["size"] = size_text
     environment.filters["figure"] = figure_text
+    environment.filters["distance"] = distance_text
+    environment.filters["licence"] = licence_text
     return environment.get_template(name)
 
 
@@ -51,6 +64,17 @@ def _value_text(value: Any) -> str:
     if value is None:
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def distance_text(distances: dict[Any, float | None], layer: int) -> str:
+    """D of a layer at one step; a dash where it has none."""
+    return figure_text(distances.get(str(layer)), 3)
+
+
+def licence_text(licence: dict[str, Any]) -> str:
+    """The licence that the source names; a licence of its own name goes by that."""
+    name = licence.get("license_name") or licence.get("license")
+    return "unknown" if not name else ", ".join(name) if isinstance(name, list) else name
 
 
 def size_text(count: float | None) -> str:

@@ -13,28 +13,31 @@ from trsp_fast.select.contract import Selection, candidates
 
 
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
+def block_influence(model: PreTrainedModel, tokens: Tensor, batch: int = INFERENCE_BATCH) -> list[float]:
     """1 - mean over tokens of cos(x, out), for each layer (the paper's equation 1); tokens int64 `[samples, seq]`."""
     layers = layer_stack(model).layers
     sums, device = torch.zeros(len(layers), dtype=torch.float64), next(model.parameters()).device
+    counts = torch.zeros(len(layers), dtype=torch.float64)  # several a token where there are streams (Gemma 3n)
 
     def hook(index: int):  # type: ignore[no-untyped-def]
         def add(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             out = output[0] if isinstance(output, tuple) else output
-            sums[index] += F.cosine_similarity(x.float(), out.float(), dim=-1).double().sum().cpu()
+            cosines = F.cosine_similarity(x.float(), out.float(), dim=-1)
+            sums[index] += cosines.double().sum().cpu()
+            counts[index] += cosines.numel()
 
         return add
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     model.eval()
     try:
-        for batch in tokens.split(INFERENCE_BATCH):
-            model(input_ids=batch.to(device), use_cache=False)
+        for part in tokens.split(batch):
+            model(input_ids=part.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return (1 - sums / tokens.numel()).tolist()
+    return (1 - sums / counts).tolist()
 
 
 def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
