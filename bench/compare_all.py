@@ -29,7 +29,7 @@ SUBJECTS: dict[str, tuple[str, str, str | None]] = {
 
 def run(name: str, arguments: argparse.Namespace) -> None:
     """One subject into bench/results/compare_NAME.json, without paths of this machine."""
-    model, data, other = SUBJECTS[name]
+    model, data, other = SUBJECTS.get(name) or (arguments.folder[name], "demo", SUBJECTS["demo"][2])
     if not all(source == "demo" or Path(source).exists() for source in (model, data)):
         print(f"{name}: {model} or {data} is not there; left out")
         return
@@ -41,6 +41,8 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
     subprocess.run([*command, "--out", str(out), "--resume"], check=True)
     text = (out / "comparison.json").read_text().replace(str(SHARED), "../shared/data")
+    if name in arguments.folder:
+        text = text.replace(json.dumps(model)[1:-1], name)
     values = json.loads(text)
     values["command"] = f"python bench/compare_all.py {' '.join(sys.argv[1:])}".strip()
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
@@ -52,6 +54,9 @@ def run(name: str, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", default=",".join(SUBJECTS), help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=FOLDER", help="one more subject, trained on demo's text"
+    )
     parser.add_argument("--arms", default="all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ratio", default="0.25")
@@ -61,8 +66,9 @@ def main() -> None:
     parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")
     parser.add_argument("--page-only", action="store_true", help="write docs/results.md from what is there")
     arguments = parser.parse_args()
+    arguments.folder = dict(pair.split("=", 1) for pair in arguments.model)
     if not arguments.page_only:
-        for name in arguments.subjects.split(","):
+        for name in [*arguments.folder, *filter(None, arguments.subjects.split(","))]:
             run(name, arguments)
     print(write_page())
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step] [e2e] [speed]; all parts by
+# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step] [e2e] [speed] [quality]; all parts by
 # default.
 #
 # Runs with the interpreter at hand (PYTHON=python3), without network or virtual environment, and builds the extension
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(tests kernels sweep kv step e2e speed)
+ALL=(tests kernels sweep kv step e2e speed quality)
 LIMIT=470
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
@@ -68,6 +68,16 @@ part_kv() {
 part_step() {
     timeout $LIMIT "$PYTHON" bench/bench_step.py --device cuda --shapes 1B,7B --pairs 2 --json "$OUT/step_$gpu.json" ||
         { status=$?; [ $status -eq 124 ] && echo "step: stopped after $LIMIT s; the shapes that were done are in the file"; return $status; }
+}
+
+# A Llama of 27 M parameters, trained here for a few minutes, then pruned in the core ways.
+part_quality() {
+    local model="${TMPDIR:-/tmp}/trsp_fast_l16"
+    timeout $LIMIT "$PYTHON" examples/train_small_model.py --family llama --layers 16 --width 384 --batch 64 --steps 1500 \
+        --out "$model" || return
+    timeout $((LIMIT - SECONDS)) "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
+        --seeds 0,1,2 --ratio 0.25 --suffix "_$gpu" ||
+        { status=$?; [ $status -eq 124 ] && echo "quality: stopped after $LIMIT s"; return $status; }
 }
 
 # From a 7B in memory to the checkpoint; all weights in stage 2 need 108 GB, so a smaller GPU trains the neighbours.
