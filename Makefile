@@ -26,7 +26,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1
 PYTEST_JOBS := -n $(JOBS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench lint format docs clean
+.PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench results lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -85,6 +85,9 @@ fuzz: build/fuzz_header build/check_kv_moves ## the header parser, the planner a
 bench: setup ## the speed of the fused ops beside eager PyTorch, kept in .benchmarks (BENCH=--benchmark-compare)
 	@$(BIN)/pytest bench/regressions.py --benchmark-autosave --benchmark-group-by=group --benchmark-sort=name \
 		--benchmark-columns=median,iqr,rounds $(BENCH)
+
+results: setup ## compare all arms on all models that are there, and write docs/results.md (hours)
+	@$(BIN)/python bench/compare_all.py $(RESULTS)
 
 lint: setup ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step] [e2e]; all parts by default.
+# Everything that only a GPU can show: bash bench/gpu.sh [tests] [kernels] [sweep] [kv] [step] [e2e] [speed] [quality]; all parts by
+# default.
 #
 # Runs with the interpreter at hand (PYTHON=python3), without network or virtual environment, and builds the extension
 # first. Each part ends within 8 minutes by itself and says what it left out. Results go to $OUT (bench/results).
@@ -8,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(tests kernels sweep kv step e2e)
+ALL=(tests kernels sweep kv step e2e speed quality)
 LIMIT=470
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
@@ -69,6 +70,16 @@ part_step() {
         { status=$?; [ $status -eq 124 ] && echo "step: stopped after $LIMIT s; the shapes that were done are in the file"; return $status; }
 }
 
+# A Llama of 27 M parameters, trained here for a few minutes, then pruned in the core ways.
+part_quality() {
+    local model="${TMPDIR:-/tmp}/trsp_fast_l16"
+    timeout $LIMIT "$PYTHON" examples/train_small_model.py --family llama --layers 16 --width 384 --batch 64 --steps 1500 \
+        --out "$model" || return
+    timeout $((LIMIT - SECONDS)) "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
+        --seeds 0,1,2 --ratio 0.25 --suffix "_$gpu" ||
+        { status=$?; [ $status -eq 124 ] && echo "quality: stopped after $LIMIT s"; return $status; }
+}
+
 # From a 7B in memory to the checkpoint; all weights in stage 2 need 108 GB, so a smaller GPU trains the neighbours.
 part_e2e() {
     local few=()
@@ -76,6 +87,32 @@ part_e2e() {
         few=(--set transfer.trainable=neighbours)
     timeout $LIMIT "$PYTHON" bench/bench_e2e.py --device cuda --shape 7B "${few[@]}" --json "$OUT/e2e_$gpu.json" ||
         { status=$?; [ $status -eq 124 ] && echo "e2e: stopped after $LIMIT s"; return $status; }
+}
+
+# The paper's table 2, dense and without 25% and 50% of the layers: random weights, so nothing is fetched. 26 GB of
+# weights in bf16, shared by the three, and up to 14 GB of KV cache.
+part_speed() {
+    local shape shapes=() status=0
+    for shape in opt-13b llama2-13b; do
+        if timeout $((LIMIT / 2)) "$PYTHON" -P -m trsp_fast speed --device cuda --shape $shape --ratio 0.25,0.5 \
+            --static-cache --json > "$OUT/.speed_$shape.json"; then
+            shapes+=("$OUT/.speed_$shape.json")
+        else
+            status=$?
+            echo "speed: $shape ended with $status (124: stopped after $((LIMIT / 2)) s); it is left out"
+        fi
+    done
+    [ ${#shapes[@]} -gt 0 ] || return $status
+    "$PYTHON" -P -c 'import json, sys
+runs = [json.load(open(name)) for name in sys.argv[2:]]
+open(sys.argv[1], "w").write(json.dumps({"runs": runs}, indent=1) + "\n")
+for run in runs:
+    for one in run["models"]:
+        fast = one["generation"]["dynamic"]["times_first"], one["latency"]["times_first"]
+        print(one["model"] + ": throughput {:.2f}, latency {:.2f} times the first".format(*fast))
+' "$OUT/speed_gpu.json" "${shapes[@]}"
+    rm -f "$OUT"/.speed_*.json
+    return $status
 }
 
 parts=("$@")

@@ -1,7 +1,8 @@
 """Memory and time of a run by the size of its model and the number of its processes: the tables of docs/scaling.md.
 
-`python bench/scaling.py` prints them. The bytes are checked against what small runs hold in
-tests/engine/test_distributed.py; the rest is arithmetic from the assumptions below, not a measurement.
+`python bench/scaling.py` prints them. The bytes are checked against what small runs hold, and send where weights are
+divided, in tests/engine/test_distributed.py and test_fsdp.py; the rest is arithmetic from the assumptions below, not a
+measurement.
 """
 
 import math
@@ -28,13 +29,14 @@ class Model:
     name: str
     parameters: float
     layers: int
+    outside: float  # parameters of embeddings and head
 
 
 MODELS = (
-    Model("LLaMA2-7B", 6.74e9, 32),
-    Model("LLaMA2-13B", 13.0e9, 40),
-    Model("Llama-3-70B", 70.6e9, 80),
-    Model("Llama-3.1-405B", 405.9e9, 126),
+    Model("LLaMA2-7B", 6.74e9, 32, 2 * 32000 * 4096),
+    Model("LLaMA2-13B", 13.0e9, 40, 2 * 32000 * 5120),
+    Model("Llama-3-70B", 70.6e9, 80, 2 * 128256 * 8192),
+    Model("Llama-3.1-405B", 405.9e9, 126, 2 * 128256 * 16384),
 )
 
 
@@ -62,8 +64,21 @@ def cast_bytes(parameters: float, compute: int = COMPUTE) -> float:
 
 
 def sharded(size: float, processes: int) -> float:
-    """The same bytes if every tensor were divided among the processes (FSDP; not built)."""
+    """The same bytes in each process, where every tensor is divided among the processes (`run.parallel: fsdp`).
+
+    Rows that do not divide evenly make it more by less than one row of each tensor. On top come whole layers: the one
+    at work and the next one, which is gathered meanwhile (`layer_bytes`).
+    """
     return size / processes
+
+
+def layer_bytes(model: "Model", compute: int = COMPUTE) -> float:
+    """Of a divided model: two layers and the embeddings and the head, gathered in the dtype of the computation.
+
+    Of the layer in its backward pass there are gradients beside the weights, and fp32 ones on their way.
+    """
+    layer = (model.parameters - model.outside) / model.layers
+    return 2 * layer * compute + layer * (compute + FP32) + model.outside * (2 * compute + FP32)
 
 
 def transfer_steps(processes: int) -> int:
@@ -71,17 +86,19 @@ def transfer_steps(processes: int) -> int:
     return math.ceil(EPOCHS * SAMPLES / max(TRANSFER_BATCH, processes))
 
 
-def flops(model: Model, processes: int) -> tuple[float, float]:
+def flops(model: Model, processes: int, divided: bool = False) -> tuple[float, float]:
     """Floating point operations of stage 1 and of stage 2.
 
     Per token and parameter 2 for a forward pass, 2 for the gradient of activations and 2 for that of weights. Stage 1
-    has frozen weights: 4, and 2 for judging its shortlists. Stage 2: 6, and 2 for the teacher.
+    has frozen weights: 4, and 2 for judging its shortlists. Stage 2: 6, and 2 for the teacher. With divided weights
+    every layer is recomputed: 2 more in both.
     """
+    again = 2 if divided else 0
     rounds = round(model.layers * SHARE)
     learned = rounds * STEPS_PER_ROUND * max(SELECT_BATCH, processes) * WINDOW
     judged = rounds * SHORTLIST * JUDGE_WINDOWS * WINDOW
     trained = EPOCHS * SAMPLES * WINDOW
-    return model.parameters * (4 * learned + 2 * judged), model.parameters * 8 * trained
+    return model.parameters * ((4 + again) * learned + 2 * judged), model.parameters * (8 + again) * trained
 
 
 def reduced_bytes(model: Model, processes: int) -> float:
@@ -89,39 +106,50 @@ def reduced_bytes(model: Model, processes: int) -> float:
     return 2 * (processes - 1) / processes * model.parameters * GRADIENT
 
 
-def gathered_bytes(model: Model, processes: int) -> float:
-    """The same if weights were sharded: two gathers of bf16 weights, teacher's one, one scatter of fp32 gradients."""
-    return (processes - 1) / processes * model.parameters * (3 * COMPUTE + GRADIENT)
+def gathered_bytes(parameters: float, processes: int, compute: int = COMPUTE) -> float:
+    """The same with divided weights: two gathers of the weights, the teacher's one, a scatter of fp32 gradients.
+
+    For one pass: a step with more windows than processes takes several.
+    """
+    return (processes - 1) / processes * parameters * (3 * compute + GRADIENT)
 
 
-def hours(model: Model, processes: int, sent: float) -> tuple[float, float]:
-    """Of stage 1 and of stage 2, of which `sent` bytes a step are not hidden behind computing."""
-    first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes))
+def hours(model: Model, processes: int, sent: float, divided: bool = False) -> tuple[float, float]:
+    """Of stage 1 and of stage 2, of which `sent` bytes a step are not hidden behind computing.
+
+    Divided weights are gathered in stage 1 too: twice a pass of its steps, once a pass of its judging, 16 windows each.
+    """
+    first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes, divided))
     link = (NVLINK if processes <= GPUS_PER_NODE else NETWORK) * LINK_USED
+    if divided:
+        passes = 2 * STEPS_PER_ROUND * -(-SELECT_BATCH // processes)
+        passes += SHORTLIST * -(-JUDGE_WINDOWS // processes // 16)
+        first += round(model.layers * SHARE) * passes * (processes - 1) / processes * model.parameters * COMPUTE / link
     return first / 3600, (second + transfer_steps(processes) * sent / link) / 3600
 
 
 def main() -> None:
-    print("| model | stage 1 | stage 2, distilled | stage 2, `objective: lm` | distilled, sharded over 8 | over 64 |")
-    print("|---|---|---|---|---|---|")
+    print("| model | stage 1 | stage 2, distilled | stage 2, `objective: lm` | fsdp over 8 | fsdp over 64 | gathered |")
+    print("|---|---|---|---|---|---|---|")
     for model in MODELS:
         n = model.parameters
         held, cast = transfer_bytes(n, n), cast_bytes(n)
         plain = transfer_bytes(n, n, distill=False) + cast
-        cells = [select_bytes(n), held + cast, plain, sharded(held, 8), sharded(held, 64)]
+        cells = [select_bytes(n), held + cast, plain, sharded(held, 8), sharded(held, 64), layer_bytes(model)]
         print(f"| {model.name} | {' | '.join(f'{size / 1e9:,.0f} GB' for size in cells)} |")
     print("\n| model, GPUs | FLOPs, stages 1 + 2 | sent per step | stage 1 | stage 2 |")
     print("|---|---|---|---|---|")
     for model, processes, how in (
         (MODELS[0], 1, "none"),
         (MODELS[0], 8, "ddp"),
-        (MODELS[1], 8, "sharded, not built"),
-        (MODELS[2], 8, "sharded, not built"),
-        (MODELS[3], 64, "sharded, not built"),
+        (MODELS[1], 8, "fsdp"),
+        (MODELS[2], 8, "fsdp"),
+        (MODELS[3], 64, "fsdp"),
     ):
-        sent = (gathered_bytes if "sharded" in how else reduced_bytes)(model, processes)
-        first, second = hours(model, processes, sent)
-        work = sum(flops(model, processes))
+        divided = how == "fsdp"
+        sent = gathered_bytes(model.parameters, processes) if divided else reduced_bytes(model, processes)
+        first, second = hours(model, processes, sent, divided)
+        work = sum(flops(model, processes, divided))
         print(
             f"| {model.name}, {processes} ({how}) | {work:.1e} | {sent / 1e9:,.0f} GB | {first * 60:,.1f} min | "
             f"{second * 60:,.1f} min |"

@@ -35,7 +35,14 @@ SELECT = {
     "block influence": {"method": "shortgpt"},
 }
 
-ANNEAL = {"gate": "anneal", "objective": "distill", "lambda_schedule": "constant", "detach_input": False, "lr": 1e-3}
+ANNEAL = {
+    "gate": "anneal",
+    "objective": "distill",
+    "hidden": 0.0,
+    "lambda_schedule": "constant",
+    "detach_input": False,
+    "lr": 1e-3,
+}
 TRANSFER = {
     "published penalty, lm, lambda2 1": {**ANNEAL, "gate": "none", "objective": "lm", "lambda2": 1.0},
     "penalty growing to 30, detached, distill": {
@@ -61,6 +68,13 @@ TRANSFER = {
     "cut first, distill, lr 5e-4": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "lr": 5e-4},
     "cut first, distill": {**ANNEAL, "hold": 1.0, "lambda2": 0.0},
     "cut first, distill, lr 2e-3": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "lr": 2e-3},
+    "cut first, distill, hidden 10": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "hidden": 10.0},
+    "cut first, distill, hidden 30": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "hidden": 30.0},
+    "cut first, distill, hidden 30, lr 2e-3": {**ANNEAL, "hold": 1.0, "lambda2": 0.0, "hidden": 30.0, "lr": 2e-3},
+    "anneal, hold 0.8, hidden 30": {**ANNEAL, "hold": 0.8, "lambda2": 0.0, "hidden": 30.0},
+    "anneal, hold 0.8, lambda2 1, detached, hidden 30": {
+        **ANNEAL, "hold": 0.8, "lambda2": 1.0, "detach_input": True, "hidden": 30.0
+    },
 }  # fmt: skip
 
 

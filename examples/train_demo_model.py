@@ -73,9 +73,18 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def train(
-    model: PreTrainedModel, stream: torch.Tensor, steps: int, total: int, seed: int, windows: int = BATCH
+    model: PreTrainedModel,
+    stream: torch.Tensor,
+    steps: int,
+    total: int,
+    seed: int,
+    windows: int = BATCH,
+    half: bool = True,
 ) -> list[float]:
-    """AdamW with warm-up and linear decay over `total` steps, of which the first `steps` are run; the loss of each."""
+    """AdamW with warm-up and linear decay over `total` steps, of which the first `steps` are run; the loss of each.
+
+    `half` multiplies in bfloat16, which processors without instructions for it do slowly.
+    """
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -90,7 +99,7 @@ def train(
     for step in range(steps):
         starts = torch.randint(len(stream) - CONTEXT, (windows, 1), generator=generator)
         batch = stream[starts + window].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

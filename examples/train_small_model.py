@@ -1,6 +1,6 @@
 """Train a small model of another family on Python's own standard library, to measure pruners on.
 
-    python examples/train_small_model.py --family gpt2 --layers 8 --width 128 --steps 1500 --out build/gpt2-8
+    python examples/train_small_model.py --family gpt2 --layers 8 --width 64 --out build/gpt2-8
     python examples/train_small_model.py --family llama --layers 16 --width 384 --batch 64 --steps 6000 --out build/l16
 
 Tokenizer and text are those of the demo model (train_demo_model.py). On a GPU it computes in bfloat16 there.
@@ -77,7 +77,8 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(held_out):,} held out")
 
     began, steps = time.perf_counter(), arguments.stop_after or arguments.steps
-    losses = train(model, stream, steps, arguments.steps, arguments.seed, arguments.batch)
+    half = arguments.device != "cpu"
+    losses = train(model, stream, steps, arguments.steps, arguments.seed, arguments.batch, half)
     seconds = round(time.perf_counter() - began)
     model = model.to(torch.bfloat16)  # what is evaluated is what is saved
     record = {

@@ -156,9 +156,9 @@ def test_the_choice_is_far_better_than_the_worst(demo, chosen):
 
 @pytest.mark.slow
 def test_stage_2_moves_the_knowledge_out(demo, chosen):
-    """Default preset: D falls by half, and of the jump in loss at the cut at most a quarter is left."""
-    (model, tokens, evaluation), (settings, layers) = demo, chosen
-    model = copy.deepcopy(model)
+    """Preset two-stage: D falls by half, and of the jump in loss at the cut at most a quarter is left."""
+    (model, tokens, evaluation), (_, layers) = demo, chosen
+    settings, model = trsp.TRSPConfig.from_preset("two-stage", num_layers=3), copy.deepcopy(model)
     dense = mean_loss(model, evaluation)
     with bypassed(model, layers):
         jump = mean_loss(model, evaluation) - dense

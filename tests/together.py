@@ -14,7 +14,11 @@ context.set_forkserver_preload(["killing", "tiny", "trsp_fast.pruner", "transfor
 
 # 7 windows in batches of 3: with two processes shares of 1 and 2, and the last batch's one row is the second one's
 SETTINGS = {
-    "default": {"num_layers": 2, "select": {"steps_per_round": 3}, "transfer": {"epochs": 2}},
+    "default": {
+        "num_layers": 2,
+        "select": {"steps_per_round": 3},
+        "transfer": {"epochs": 2, "hold": 0.5, "lambda2": 1.0},
+    },
     # Adam and weights trained in stage 1, no distillation, norms that stay: gradients of all kinds
     "paper": {
         "preset": "paper",
@@ -85,13 +89,13 @@ def weighed(name: str, **options) -> tuple[dict, dict]:
         gate_learning._learn_step, transfer._step = first, second
 
 
-def outcome(result) -> dict:
-    """What of a run must not depend on the number of processes."""
+def outcome(result, weights: dict | None = None) -> dict:
+    """What of a run must not depend on the number of processes; `weights` where the result's own are divided."""
     return {
         "layers": result.removed_layers,
         "rounds": result.report["selection"]["rounds"],
         "history": result.history,
-        "weights": {name: p.detach().clone() for name, p in result.model.named_parameters()},
+        "weights": weights or {name: p.detach().clone() for name, p in result.model.named_parameters()},
         "perplexity": result.report["perplexity"],
     }
 

@@ -58,7 +58,8 @@ class TransferConfig:
     detach_input: D moves the chosen layer only, not the layers before it.
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
     hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
-    gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps.
+    gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps; with
+        the default hold of 1 they are 0 from the first step, and the layers cost nothing.
     epochs: passes over the calibration data; 0 skips stage 2.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
     optimizer: `adamw`, or `adamw8bit` (torchao's, moments in 8 bits: a quarter of the optimiser's memory).
@@ -66,19 +67,24 @@ class TransferConfig:
     """
 
     norm: str = _setting("l2", choices=("l1", "l2", "frobenius"))
-    lambda2: float = _setting(1.0, low=0)
+    lambda2: float = _setting(0.0, low=0)
     lambda_schedule: str = _setting("constant", choices=("constant", "grow"))
     detach_input: bool = _setting(True)
     objective: str = _setting("distill", choices=("lm", "distill"))
-    hidden: float = _setting(0.0, low=0)
+    hidden: float = _setting(30.0, low=0)
     gate: str = _setting("anneal", choices=("none", "anneal"))
-    hold: float = _setting(0.8, low=0, high=1)
+    hold: float = _setting(1.0, low=0, high=1)
     epochs: int = _setting(3, low=0)
-    lr: float = _setting(5e-4, low=0)
+    lr: float = _setting(1e-3, low=0)
     warmup: float = _setting(0.05, low=0, high=1)
     clip: float = _setting(1.0, low=0)
     optimizer: str = _setting("adamw", choices=("adamw", "adamw8bit"))
     trainable: str = _setting("all", choices=("all", "neighbours"))
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the untouched model, or its states, must be there."""
+        return self.objective == "distill" or self.hidden > 0
 
 
 @dataclass(frozen=True)
@@ -95,16 +101,20 @@ class RunConfig:
     """How a run executes.
 
     save_every: save the state after so many steps; 0: as often as takes a twentieth of the time.
-    parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `auto` does that where
-        torchrun has started several; `none` leaves every process on its own.
+    parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `fsdp` also divides the
+        weights among them; `auto`, where torchrun has started several, is `ddp` if a GPU holds a whole model in both
+        stages, else `fsdp`; `none` leaves every process on its own.
     deterministic: same bits on the same machine, at some cost on a GPU.
     compile: decoder layers through torch.compile; the first steps take long, the others less.
+    offload: `weights` leaves the layers' weights in host memory and streams them to the device, one layer ahead,
+        everywhere but in stage 2, which trains them and needs them there.
     """
 
     save_every: int = _setting(0, low=0)
-    parallel: str = _setting("auto", choices=("none", "auto", "ddp"))
+    parallel: str = _setting("auto", choices=("none", "auto", "ddp", "fsdp"))
     deterministic: bool = _setting(False)
     compile: bool = _setting(False)
+    offload: str = _setting("none", choices=("none", "weights"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,11 @@ class TRSPConfig:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(
                 f"ratio is {self.ratio}; it is the share of layers to remove, give a number between 0 and 1."
+            )
+        if self.run.offload == "weights" and self.select.train_weights:
+            raise UserError(
+                "run.offload is weights but select.train_weights is true; weights that are trained cannot stay in host "
+                "memory, give select.train_weights=false or run.offload=none."
             )
 
     def layer_count(self, total: int) -> int:
@@ -211,6 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lambda_schedule": "constant",
             "detach_input": False,
             "objective": "lm",
+            "hidden": 0.0,
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
@@ -239,14 +255,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lambda_schedule": "constant",
             "detach_input": False,
             "objective": "lm",
+            "hidden": 0.0,
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
             "warmup": 0.03,
         },
     },
-    # No transfer before the cut: the gates are 0 from the first step, the same tokens are spent on the cut model.
-    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0}},
+    # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
+    "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0}},
+    # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
+    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "lr": 5e-4}},
 }
 
 

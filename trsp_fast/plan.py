@@ -14,7 +14,9 @@ from trsp_fast.config import TRSPConfig, merge
 from trsp_fast.engine.optimizers import STATE_BYTES
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import UserError
+from trsp_fast.models.checkpoint import resolve_device
 from trsp_fast.models.families import check_set, layer_stack
+from trsp_fast.models.offload import placed
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.report.speed import REPEATS, seconds_of_a_round
 from trsp_fast.run.events import Events
@@ -22,7 +24,7 @@ from trsp_fast.run.state import KEPT
 from trsp_fast.select import choose_layers
 from trsp_fast.select.contract import candidates
 from trsp_fast.select.trsp import BATCH, JUDGE_WINDOWS
-from trsp_fast.transfer import trainable_weights, transfer
+from trsp_fast.transfer import require_room, trainable_weights, transfer
 
 PROBED = 3  # steps of each kind; the first one is slower and does not count
 PROBED_WINDOWS = 16  # of the evaluation, to know a forward pass
@@ -53,7 +55,8 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
     """Probe a run: a few steps of each stage, a few windows of the evaluation, one generation.
 
     Args:
-        model: in the dtype and on the device of the run; a few steps of stage 2 change its weights.
+        model: in the dtype and on the device of the run (with `run.offload` on the host); a few steps of stage 2 change
+            its weights.
         tokens: calibration windows, int64 `[samples, seq]`.
 
     Raises:
@@ -66,7 +69,8 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
     if count > len(candidates(model, config)):
         raise UserError(f"{count} layers are to go, but only {len(candidates(model, config))} of {total} may go.")
     layers = list(config.layers or candidates(model, config)[-count:])
-    forward = _seconds_of_a_window(model, tokens if evaluation is None else evaluation)
+    with placed(model, config):
+        forward = _seconds_of_a_window(model, tokens if evaluation is None else evaluation)
     plans: dict[str, Any] = {}
     steps: dict[str, int] = {}
     seconds = {"evaluation": 0.0 if evaluation is None else forward * len(evaluation) * (4 - 2 * count / total)}
@@ -75,7 +79,8 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
     if config.transfer.epochs:
         seconds["stage 2"], steps["stage 2"] = _stage_2(model, tokens, layers, config, plans)
     rounds = (REPEATS + 1) * (2 - count / total) + 1  # of both models, and about one for the proof
-    seconds["speed and proof"] = seconds_of_a_round(model) * rounds
+    with contextlib.nullcontext() if config.transfer.epochs else placed(model, config):
+        seconds["speed and proof"] = seconds_of_a_round(model) * rounds
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gone = sum(p.nbytes for layer in layers for p in layer_stack(model).layers[layer].parameters())
     return Forecast(
@@ -150,6 +155,10 @@ def _stage_2(
 ) -> tuple[float, int]:
     """Seconds and steps; where gates are annealed, steps with and without the layers are probed apart."""
     settings, batch = config.transfer, _batch(config, "stage 2")
+    if config.run.offload != "none":
+        device = resolve_device(config.device)
+        require_room(model, layers, settings, device)
+        model.to(device)
     steps = settings.epochs * math.ceil(len(tokens) / batch)
 
     def probe(changes: dict[str, Any]) -> float:

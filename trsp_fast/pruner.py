@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import json
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from trsp_fast.engine.distributed import Group, started
 from trsp_fast.engine.optimizers import require_optimizer
 from trsp_fast.engine.precision import SourceWeights, cast_parameters, run_dtype
 from trsp_fast.engine.session import Session
+from trsp_fast.engine.sharding import Shards, divided
 from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.checkpoint import check_finite, checkpoint_bytes, resolve_device, save_checkpoint
 from trsp_fast.models.families import check_set, layer_stack
 from trsp_fast.models.gates import bypassed
-from trsp_fast.models.removal import remove_layers
+from trsp_fast.models.gathering import own_rows, round_rows
+from trsp_fast.models.offload import HOST, streamed_layers
+from trsp_fast.models.removal import kept_tensors, remove_layers
+from trsp_fast.models.sharded_export import verify_divided, write_divided
 from trsp_fast.models.verify import Check, require, verify_checkpoint, verify_removal
 from trsp_fast.report.card import write_card
 from trsp_fast.report.html import write_report
@@ -33,10 +37,10 @@ from trsp_fast.report.speed import measure_speed
 from trsp_fast.run.events import Events, JsonLines, TensorBoard
 from trsp_fast.run.identity import fingerprint, first_difference, require_same, tokens_digest
 from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, write_durably, write_json
-from trsp_fast.run.state import Keeper, StateStore, Stop
+from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.select.shortgpt import block_influence
-from trsp_fast.transfer import transfer
+from trsp_fast.transfer import require_room, transfer
 
 SIMILARITY_WINDOWS = 16  # calibration windows on which each layer's input and output are compared, for the report
 
@@ -85,7 +89,8 @@ def prune(
     interrupted or ran out of space goes on with `resume` from there, on the same machine to the same bits.
 
     Where torchrun has started several processes, each calls this with the same model, tokens and configuration and they
-    share the work (`run.parallel`). The first one alone proves, writes and has `events`.
+    share the work (`run.parallel`). The first one alone proves, writes and has `events`. With `fsdp` the weights are
+    divided among them, before and afterwards: no process has the result in one piece, `out` does.
 
     Args:
         model: a transformers causal language model. It is consumed: stage 2 trains its weights in place and the result
@@ -109,7 +114,9 @@ def prune(
         Interrupted: `stop` asked for the end and the state is kept.
         Lost: another process is gone; the state is kept.
     """
-    with nullcontext(group) if group else started(config) as processes:
+    with nullcontext(group) if group else started(config) as given, ExitStack() as during:
+        processes = divided(given, model, config)
+        during.enter_context(processes.watching())
         heard = (events or Events()) if processes.rank == 0 else Events()
         run = _Run(model, tokens, config, evaluation, heard, about or {}, processes)
         if out is None or processes.rank:
@@ -119,6 +126,7 @@ def prune(
             with resumable_output(out, resume=resume, restart=restart) as stage:
                 result = _write(run, stage, tokenizer, stop, accept_changes)
         processes.agree(None)  # nobody is done before the output has its name
+        run.session.keeper.discard()
     result.out = None if out is None else Path(out)
     return result
 
@@ -128,7 +136,7 @@ def _write(run: "_Run", stage: Path, tokenizer: Any, stop: Stop | None, accept_c
     (stage / RUN).mkdir(exist_ok=True)
     _check_identity(stage, run.identity(), accept_changes, run.events)
     held = holds_state(stage)
-    run.keep(StateStore(stage / STATE), stop)
+    run.keep(stage / STATE, stop)
     if held and not run.session.keeper.resumes:
         run.events.note("no saved state of the interrupted run is whole, so that it begins anew.")
     logs: list[JsonLines | TensorBoard] = [JsonLines(stage / RUN / "events.jsonl")]
@@ -214,15 +222,19 @@ class _Run:
         own = next(model.parameters()).device
         if config.transfer.epochs:
             require_optimizer(config.transfer.optimizer)
-        device = own if config.device == "auto" else resolve_device(config.device)
+        self.streams = config.run.offload == "weights"
+        device = group.device or (
+            own if config.device == "auto" and not self.streams else resolve_device(config.device)
+        )
         dtype = run_dtype(config, device)
         if dtype == torch.float16:
             self.events.note("dtype float16 is used for computing only: weights are trained in float32.")
         self.fingerprint = fingerprint(model)
-        self.source = SourceWeights(model, dtype)
-        self.model = model.to(device).eval()
-        cast_parameters(self.model, dtype)
         self.dtype, self.device = dtype, device
+        self.source = self._place(model)
+        self.model = model
+        if self.streams and config.transfer.epochs:  # said now, as far as it is known before stage 1
+            require_room(self.model, [], config.transfer, device)
         self.perplexity: dict[str, float] = {}
         self.similarity: dict[str, list[float]] = {}
         self.seconds: dict[str, float] = {}
@@ -230,6 +242,19 @@ class _Run:
             raise UserError(
                 "the model, the tokens or the configuration differ from those of process 0; give all the same."
             )
+
+    def _place(self, model: PreTrainedModel) -> SourceWeights:
+        """Put the model where it is computed and in which dtype; divided, where the weights are."""
+        model.eval()
+        if isinstance(self.group, Shards):
+            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            trained = bool(self.config.transfer.epochs) or self.config.select.train_weights
+            self.group.divide(model, self.dtype, trained=trained)
+            return SourceWeights(model, self.dtype, dtypes)
+        source = SourceWeights(model, self.dtype)
+        model.to(HOST if self.streams else self.device)
+        cast_parameters(model, self.dtype)
+        return source
 
     def _inputs(self) -> list[Any]:
         return [self.fingerprint, tokens_digest(self.tokens), json.dumps(self.config.to_dict())]
@@ -249,8 +274,9 @@ class _Run:
             "versions": versions(),
         }
 
-    def keep(self, store: StateStore | None, stop: Stop | None) -> None:
-        """Save states in `store`, and go on from what the first process has found in it."""
+    def keep(self, folder: Path | None, stop: Stop | None) -> None:
+        """Save states in `folder`, which the first process has, and go on from what is found in it."""
+        store = self.group.store(folder)
         keeper = Keeper(store, self.config.run.save_every, stop, share=self.group.share, highest=self.group.highest)
         self.session.keeper = keeper
         facts, identity = keeper.facts, {**self.identity(), "processes": None, "versions": None}
@@ -263,7 +289,7 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in keeper.base:
-                    parameter.copy_(keeper.base[name])
+                    own_rows(parameter).copy_(keeper.base[name])
 
     def execute(self, stage: Path | None, tokenizer: Any) -> PruneResult:
         before = torch.are_deterministic_algorithms_enabled()
@@ -286,6 +312,9 @@ class _Run:
         if transferred:
             self._measure("transferred", self.model, self.group)
             self._compare_layers("after")
+        if isinstance(self.group, Shards):
+            small = self.group.without(self.model, removed)
+            return self._finish_divided(selection, transferred, small, stage, tokenizer)
         small = remove_layers(self.model, removed)
         history = {"select": selection.history, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
@@ -293,6 +322,39 @@ class _Run:
             self.source.restore(small)
         checks = [Check(**check) for check in report["checks"]]
         return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _finish_divided(
+        self,
+        selection: Selection,
+        transferred: list[dict[str, Any]],
+        small: PreTrainedModel,
+        stage: Path | None,
+        tokenizer: Any,
+    ) -> PruneResult:
+        """What `_prove` does where no process has the model: all prove together, the first one writes and reads."""
+        removed = sorted(selection.layers)
+        checks = verify_removal(self.model, small, removed)
+        require(checks)
+        dtypes = self._dtypes_of(small, removed)
+        round_rows(small, dtypes)
+        if self.group.agree(stage is not None):
+            write_divided(small, stage, dtypes, self.group.whole, tokenizer)
+            on_disk = verify_divided(small, stage, dtypes, self.group.whole)
+            checks += [Check(**check) for check in self.group.agree([asdict(check) for check in on_disk])]
+            require(checks)
+        self.events.emit("checks", checks=[asdict(check) for check in checks])
+        self._measure("pruned", small, self.group)
+        self._require_quality()
+        history = {"select": selection.history, "transfer": transferred}
+        report = self.group.first(lambda: self._report(selection, history, checks, {}, small, stage))
+        return PruneResult(removed, small, history, self.perplexity, checks, report)
+
+    def _dtypes_of(self, small: PreTrainedModel, removed: list[int]) -> dict[str, torch.dtype]:
+        """In which the weights of a divided result are written: those in which they came."""
+        kept = [layer for layer in range(self.layers_before) if layer not in removed]
+        dtypes = {name: self.source.dtype(p) for name, p in kept_tensors(self.model, kept, "parameters").items()}
+        self.source.adopt({parameter: dtypes[name] for name, parameter in small.named_parameters()})
+        return dtypes
 
     def _prove(
         self,
@@ -304,9 +366,10 @@ class _Run:
     ) -> dict[str, Any]:
         """Prove, measure and save the pruned model; the report."""
         removed = sorted(selection.layers)
-        checks = verify_removal(self.model, small, removed)
-        require(checks)
-        speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
+        with self._placed(self.model), self._placed(small):
+            checks = verify_removal(self.model, small, removed)
+            require(checks)
+            speed = self._timed("speed", lambda: measure_speed({"dense": self.model, "pruned": small}))
         self.source.restore(small)
         if stage is None:
             measured = copy.deepcopy(small)
@@ -316,7 +379,7 @@ class _Run:
             checks += on_disk
             require(checks)
         self.events.emit("checks", checks=[asdict(check) for check in checks])
-        measured = measured.to(self.device)
+        measured = measured.to(HOST if self.streams else self.device)
         cast_parameters(measured, self.dtype)
         self._measure("pruned", measured)
         self._require_quality()
@@ -332,12 +395,17 @@ class _Run:
         stage: Path | None,
     ) -> dict[str, Any]:
         size = {
-            "dense": sum(p.numel() * self.source.bytes_per_element(p) for p in self.model.parameters()),
-            "pruned": sum(p.numel() * p.element_size() for p in small.parameters()),
+            "dense": sum(p.numel() * self.source.dtype(p).itemsize for p in self.model.parameters()),
+            "pruned": sum(p.numel() * self.source.dtype(p).itemsize for p in small.parameters()),
             "checkpoint": checkpoint_bytes(stage) if stage else None,
         }
-        dtype = str(self.dtype).removeprefix("torch.")
-        run = {"device": str(self.device), "dtype": dtype, "processes": self.group.size}
+        run = {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.group.size,
+            "weights": "divided" if self.group.sharded else "whole",
+        }
+        models = {"dense": self.model, "pruned": small}
         outcome = Outcome(
             about=self.about,
             config=self.config,
@@ -348,6 +416,7 @@ class _Run:
             perplexity=self.perplexity,
             similarity=self.similarity,
             speed=speed,
+            parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
             weight_bytes=size,
             checks=checks,
             tokens=self.tokens,
@@ -365,7 +434,7 @@ class _Run:
             return self._of_wanted_size(Selection(**keeper.facts["selection"]))
         selection = self._of_wanted_size(self._choose())
         if self.config.select.train_weights and keeper.store:
-            keeper.base = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+            keeper.base = {name: own_rows(p).cpu().clone() for name, p in self.model.named_parameters()}
         keeper.remember("selection", asdict(selection))
         return selection
 
@@ -380,27 +449,43 @@ class _Run:
         return selection
 
     def _choose(self) -> Selection:
-        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one."""
-        if self.config.select.method in ("trsp", "sleb"):
+        """Methods with rounds, which are saved, run in all processes; the quick ones are left to the first one.
+
+        Where the weights are divided, nobody can be left alone.
+        """
+        if self.config.select.method in ("trsp", "sleb") or self.group.sharded:
             return choose_layers(self.model, self.tokens, self.config, session=self.session)
         alone = self.events
         return Selection(**self.group.first(lambda: asdict(choose_layers(self.model, self.tokens, self.config, alone))))
 
+    def _placed(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """The model ready to be used on the run's device: streamed there, or there already."""
+        return streamed_layers(model, self.device) if self.streams else nullcontext()
+
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
         if not self.config.transfer.epochs:
             return []
+        if self.streams:
+            require_room(self.model, removed, self.config.transfer, self.device)
+            self.model.to(self.device)
+            self.streams = False
         return transfer(self.model, self.tokens, removed, self.config, session=self.session)
 
     def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
         """Perplexity of a model that all processes of the group have; without one, of this process's own."""
         if self.evaluation is not None and name not in self.perplexity:
-            self.perplexity[name] = perplexity(model, self.evaluation, group=group)
+            with self._placed(model):
+                self.perplexity[name] = perplexity(model, self.evaluation, group=group)
             self.events.emit("perplexity", of=name, value=self.perplexity[name])
 
     def _compare_layers(self, when: str) -> None:
-        """Cosine of each layer's input and output, all layers on; the first process alone writes a report."""
-        if self.group.rank == 0:
-            influence = block_influence(self.model, self.tokens[:SIMILARITY_WINDOWS])
+        """Cosine of each layer's input and output, all layers on, for the report: the first process's, if it can alone.
+
+        A window at a time, so that no run ends here for want of memory.
+        """
+        if self.group.rank == 0 or self.group.sharded:
+            with self._placed(self.model):
+                influence = block_influence(self.model, self.tokens[:SIMILARITY_WINDOWS], batch=1)
             self.similarity[when] = [1 - value for value in influence]
 
     def _require_quality(self) -> None:

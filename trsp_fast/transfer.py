@@ -1,6 +1,5 @@
 """Stage 2 of TRSP (arXiv 2505.18232, section 3.3): move the knowledge of the chosen layers into those that stay."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TransferConfig, TRSPConfig
-from trsp_fast.engine.memory import MemoryPlan, plan_memory
+from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
 from trsp_fast.engine.objective import INFERENCE_BATCH, WindowOrder
 from trsp_fast.engine.optimizers import (
     STATE_BYTES,
@@ -28,8 +27,10 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
+from trsp_fast.errors import UserError
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
+from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
@@ -100,8 +101,8 @@ def transfer(
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    weights = trainable_weights(model, layers, settings.trainable)
-    teacher = _teacher(model, tokens, layers, weights, settings, session) if _imitates(settings) else None
+    weights, group = trainable_weights(model, layers, settings.trainable), session.group
+    teacher = _teacher(model, tokens, layers, weights, settings, session) if settings.imitates else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
     try:
@@ -111,6 +112,7 @@ def transfer(
             _gates(model, layers, settings) as gates,
             session.keeper.steps(),
         ):
+            weights = group.own(weights)
             optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
             tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
             run = _Training(
@@ -154,8 +156,27 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
     return {name: parameter for name, parameter in named.items() if parameter in wanted}
 
 
-def _imitates(settings: TransferConfig) -> bool:
-    return settings.objective == "distill" or settings.hidden > 0
+def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> int:
+    """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
+    trained = trainable_weights(model, layers, settings.trainable).values()
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(parameter.nbytes for parameter in trained) if settings.imitates else 0
+    return held + round(sum((4 - p.itemsize + 4 + STATE_BYTES[settings.optimizer]) * p.numel() for p in trained))
+
+
+def require_room(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig, device: torch.device) -> None:
+    """Where the weights are still in host memory: refuse stage 2 on a device that cannot hold what it takes.
+
+    Raises:
+        UserError: it does not fit, activations apart.
+    """
+    needed, free = bytes_held(model, layers, settings), free_memory(device)
+    there = sum(p.nbytes for p in model.parameters() if p.device == device)
+    if needed - there > free:
+        raise UserError(
+            f"stage 2 trains the weights on {device} and holds {needed / 1e9:.2f} GB there, {(free + there) / 1e9:.2f} "
+            "GB are free; give transfer.epochs=0 or transfer.trainable=neighbours, or use a device with more memory."
+        )
 
 
 def _points(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> list[int]:
@@ -178,20 +199,15 @@ def _teacher(
     session: Session,
 ) -> Teacher:
     """The untouched model: its states of all windows, or copies of the weights that will be trained, others shared."""
-    points = _points(model, layers, settings)
+    points, group = _points(model, layers, settings), session.group
 
     def copied() -> Teacher:
         held = sum(parameter.nbytes for parameter in trained.values())
-        return UntouchedModel(_twin(model, trained), points, held)
+        return UntouchedModel(group.untouched(model, trained), points, held, whole=group.sharded)
 
+    if group.sharded:  # every process would store the states of windows that others will draw
+        return copied()
     return session.teacher(model, tokens, points, INFERENCE_BATCH, copied)
-
-
-def _twin(model: PreTrainedModel, trained: Named) -> PreTrainedModel:
-    """The untouched model: copies of the weights that will be trained, the others shared."""
-    ids = {id(parameter) for parameter in trained.values()}
-    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
-    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> LayerGates:
@@ -202,6 +218,8 @@ def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConf
 
 
 def _plan(run: _Training) -> MemoryPlan:
+    if run.session.group.sharded:
+        return unprobed(run.model)
     trained = sum(parameter.numel() for parameter in run.weights.values())
 
     def step(windows: int) -> None:
@@ -270,7 +288,7 @@ def _step(run: _Training) -> None:
 
     run.session.accumulate(rows, work, begin)
     run.session.group.sum_with_gradients([*sums.values()], run.weights.values())
-    norm = nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
+    norm = run.session.group.clip(run.weights.values(), settings.clip or math.inf)
     finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
     rate = settings.lr * learning_rate_factor(settings.warmup, step, run.steps)
     set_rate(run.optimizer, rate)

@@ -237,3 +237,18 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(stage, batc
     size, twice, predicted, measured = map(int, result.stdout.split())
     assert (size, twice > 0) == (micro_batch, recomputes)
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("head", "one", "peak"),
+    [
+        (100, 110, 2 * (2 * 20 + 100)),  # all layers' states under a head of a large vocabulary
+        (100, 150, 2 * (20 + 150)),  # the upper layer at work over the lower one's states
+    ],
+)
+def test_the_peak_is_at_the_head_or_at_a_layer(head, one, peak):
+    layer = ("layer", False)
+    lines = [memory._Line(0, value) for value in (head, one, 20)]
+    costs = memory._Costs(["layer", "layer"], lines[0], {layer: lines[1]}, {layer: lines[2]})
+    parts = costs.parts(2, False, 0, set())
+    assert parts == {"kept for the backward pass": 80, "head and working memory": peak - 80}

@@ -88,6 +88,18 @@ def test_what_a_state_cannot_become_is_one_sentence(tmp_path, at, settings, mess
         prune(out, settings=config(**settings), accept_changes=True, resume=True)
 
 
+def test_a_round_goes_on_from_its_middle_with_the_curvature_that_it_had(tmp_path):
+    """A mean over the round's steps: without those before the interruption other layers may go."""
+    settings = config(select={"steps_per_round": 4}, transfer={"epochs": 0})
+    want = prune(tmp_path / "whole", settings=settings)
+    out, heard = interrupted(tmp_path / "out", at=("select_step", 2), settings=settings), []
+    found = prune(out, settings=settings, resume=True, heard=heard)
+    (resumed,) = [values for kind, values in heard if kind == "resumed"]
+    assert (resumed["round"], 0 < resumed["step"] < 4) == (0, True)
+    assert found.report["selection"] == want.report["selection"]
+    assert found.history == want.history
+
+
 def test_more_weights_than_the_state_has_are_one_sentence(tmp_path):
     some = config(transfer={"trainable": "neighbours"})
     out = interrupted(tmp_path / "out", settings=some)

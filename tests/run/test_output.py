@@ -134,3 +134,17 @@ def test_the_output_of_a_run_that_has_just_finished_is_seen(tmp_path, monkeypatc
     with pytest.raises(UserError, match="is not empty"), resumable_output(tmp_path / "out"):
         pytest.fail("it must not start")
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"restart": True}])
+def test_a_run_at_work_keeps_its_folder_to_itself(tmp_path, options):
+    def second():
+        with resumable_output(tmp_path / "out", **options):
+            pass
+
+    with resumable_output(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+        with pytest.raises(UserError, match="another run is at work on"):
+            second()
+        assert (stage / "a").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"

@@ -13,7 +13,11 @@ QUICK = 5  # of them in the quick tests
 EVERY = 3
 
 SETTINGS = {
-    "default": {"num_layers": 2, "select": {"steps_per_round": 4}, "transfer": {"epochs": 3}},
+    "default": {
+        "num_layers": 2,
+        "select": {"steps_per_round": 4},
+        "transfer": {"epochs": 3, "hold": 0.5, "lambda2": 1.0},
+    },
     # Momentum and carried gates, weights trained in stage 1 and a teacher that has them, no distillation.
     "paper": {
         "preset": "paper",

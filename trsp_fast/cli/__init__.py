@@ -15,6 +15,7 @@ from trsp_fast.errors import CheckFailed, Interrupted, Lost, UserError
 from trsp_fast.cli import prune as _prune  # noqa: F401
 from trsp_fast.cli import checkpoints as _checkpoints  # noqa: F401
 from trsp_fast.cli import evidence as _evidence  # noqa: F401
+from trsp_fast.cli import speed as _speed  # noqa: F401
 
 # isort: on
 

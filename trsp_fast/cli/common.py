@@ -78,14 +78,22 @@ def on_disk(checkpoint: str, revision: str | None, only: str | None = None) -> s
         ) from None
 
 
-def load(model: str, config: Any, revision: str | None, remote_code: bool, dtype: str | None = None) -> Any:
-    """The model in the run's dtype, or in `dtype`."""
+def load(
+    model: str,
+    config: Any,
+    revision: str | None,
+    remote_code: bool,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """The model in the run's dtype and on its device, or in `dtype` and on `device`."""
     from trsp_fast.engine.precision import run_dtype
     from trsp_fast.models.checkpoint import load_model, resolve_device
 
     quiet_transformers()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
-    return load_model(model, dtype=wanted, device=config.device, revision=revision, remote_code=remote_code)
+    device = device or (config.device if config.run.offload == "none" else "cpu")
+    return load_model(model, dtype=wanted, device=device, revision=revision, remote_code=remote_code)
 
 
 def tokenizer_of(model: str, data: str, revision: str | None, remote_code: bool) -> Any:
@@ -126,6 +134,15 @@ def byte_bar(title: str, as_json: bool) -> Any:
     from trsp_fast.report.terminal import byte_bar
 
     return byte_bar(title)
+
+
+def step_bar(title: str, as_json: bool) -> Any:
+    """A context that gives progress(done, total) in steps: a bar on a terminal, nothing elsewhere."""
+    if as_json or not sys.stderr.isatty():
+        return contextlib.nullcontext(lambda done, total: None)
+    from trsp_fast.report.terminal import step_bar
+
+    return step_bar(title)
 
 
 def events_for(as_json: bool) -> Any:

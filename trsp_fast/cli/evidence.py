@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +17,16 @@ from trsp_fast.cli.common import (
     load,
     number_list,
     print_answer,
+    step_bar,
     table,
     tokenizer_of,
 )
 from trsp_fast.cli.options import (
     ConfigFile,
-    Data,
     Device,
     Dtype,
     Json,
+    Limit,
     Model,
     Preset,
     RemoteCode,
@@ -32,41 +34,102 @@ from trsp_fast.cli.options import (
     Resume,
     Revision,
     Settings,
+    TaskPath,
+    Tasks,
     resolved,
 )
 from trsp_fast.errors import UserError
+
+PROTOCOLS = ("standard", "authors")
+AUTHORS_WINDOW = 2048  # tokens of a window, whatever the model's context; see trsp_fast.report.perplexity
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Data,
+    data: Annotated[str | None, typer.Option("--data", help="As for prune; needed without --tasks.")] = None,
+    protocol: Annotated[str, typer.Option("--protocol", help="standard, or authors as the paper's.")] = "standard",
     seq_len: Annotated[int, typer.Option("--seq-len", help="Window; min(2048, context) by default.")] = 0,
+    stride: Annotated[int | None, typer.Option("--stride", help="A window every so many tokens.")] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    task_path: TaskPath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model: non-overlapping windows, token-weighted mean."""
+    """Perplexity of a model (non-overlapping windows, token-weighted mean), and its scores on tasks."""
     from trsp_fast.config import TRSPConfig
-    from trsp_fast.data import check_source, check_vocabulary, evaluation_stream, evaluation_windows, window_length
-    from trsp_fast.report.perplexity import perplexity
+    from trsp_fast.data import check_source
 
+    if protocol not in PROTOCOLS:
+        raise UserError(f"the protocol is {protocol!r}; give {' or '.join(PROTOCOLS)}.")
+    if protocol == "authors":
+        data, seq_len = data or "wikitext2", seq_len or AUTHORS_WINDOW
+        if stride is not None:
+            raise UserError(f"--stride is {stride} and the authors' protocol has none; leave out one of them.")
+    names = _checked_tasks(tasks, limit, task_path)
+    if data is None and not names:
+        raise UserError("nothing says what to evaluate on; give --data, or --tasks.")
     config = TRSPConfig.from_dict({"dtype": dtype, "device": device, "data": {"seq_len": seq_len}})
     check_source(data)
     loaded = load(model, config, revision, allow_remote_code)
-    stream = evaluation_stream(data, tokenizer_of(model, data, revision, allow_remote_code))
+    tokenizer = tokenizer_of(model, "" if names or data is None else data, revision, allow_remote_code)
+    answer: dict[str, Any] = {"model": model}
+    lines = []
+    if data is not None:
+        found = _perplexity(loaded, tokenizer, data, protocol, seq_len, stride, as_json)
+        answer |= {"data": data, **found}
+        every = f", one every {stride}" if stride else ""
+        value = math.inf if found["perplexity"] is None else found["perplexity"]
+        lines.append(f"perplexity {value:.4f} on {found['tokens']:,} tokens in windows of {found['seq_len']}{every}")
+    if names:
+        from trsp_fast.report.tasks import score_tasks
+
+        scores = score_tasks(loaded, tokenizer, names, limit=limit, include_path=task_path)
+        answer |= {"tasks": scores, "limit": limit, "tasks_mean": statistics.mean(scores.values())}
+        lines += [f"{name} {score:.4f}" for name, score in scores.items()]
+        lines += [f"mean of {len(scores)} tasks {answer['tasks_mean']:.4f}"] if len(scores) > 1 else []
+    print_answer(answer, as_json, "\n".join(lines))
+
+
+def _perplexity(
+    loaded: Any, tokenizer: Any, data: str, protocol: str, seq_len: int, stride: int | None, as_json: bool
+) -> dict[str, Any]:
+    from trsp_fast.data import check_vocabulary, evaluation_stream, evaluation_windows, window_length
+    from trsp_fast.report.perplexity import authors_perplexity, perplexity, strided_perplexity
+
+    stream = evaluation_stream(data, tokenizer)
     if stream.dim() == 2 and not seq_len:
         seq_len = stream.shape[1]
-    tokens = evaluation_windows(stream, window_length(loaded.config, seq_len))
-    check_vocabulary(tokens, loaded.config.get_text_config(decoder=True).vocab_size)
-    value = perplexity(loaded, tokens)
+    length = window_length(loaded.config, seq_len)
+    check_vocabulary(stream, loaded.config.get_text_config(decoder=True).vocab_size)
+    with step_bar("windows", as_json) as progress:
+        if stride is not None:
+            value, tokens = strided_perplexity(loaded, stream, length, stride, progress=progress), stream
+        else:
+            tokens = evaluation_windows(stream, length)
+            judge = authors_perplexity if protocol == "authors" else perplexity
+            value = judge(loaded, tokens, progress=progress)
     finite = value if math.isfinite(value) else None  # JSON has no infinity
-    answer = {"model": model, "data": data, "perplexity": finite, "tokens": tokens.numel(), "seq_len": tokens.shape[1]}
-    print_answer(
-        answer, as_json, f"perplexity {value:.4f} on {tokens.numel():,} tokens in windows of {tokens.shape[1]}"
-    )
+    about = {"protocol": protocol, "tokens": tokens.numel(), "seq_len": length, "stride": stride}
+    return {"perplexity": finite, **about}
+
+
+def _checked_tasks(tasks: str | None, limit: int | None, task_path: Path | None) -> list[str]:
+    """The tasks' names, known before a model is loaded; a limit or a folder without tasks is a mistake."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names and (tasks is not None or limit is not None or task_path is not None):
+        raise UserError("no tasks were named; give them as --tasks piqa,arc_easy.")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; give 1 or more examples, or leave it out for all.")
+    if names:
+        from trsp_fast.report.tasks import task_manager
+
+        task_manager(names, task_path)
+    return names
 
 
 @app.command()
@@ -86,6 +149,9 @@ def compare(
     dtype: Dtype = "auto",
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    task_path: TaskPath = None,
     resume: Resume = False,
     restart: Restart = False,
     as_json: Json = False,
@@ -110,9 +176,16 @@ def compare(
     for source in (data, eval_data):
         check_source(source)
     check_output(out, resume=resume)
+    names = _checked_tasks(tasks, limit, task_path)
     loaded = load(model, base, revision, allow_remote_code)
     counts = layer_counts(loaded, number_list("ratio", ratio, float), number_list("num_layers", num_layers, int))
-    comparer = _comparer(loaded, tokenizer_of(model, data, revision, allow_remote_code), data, eval_data, base, as_json)
+    tokenizer = tokenizer_of(model, "" if names else data, revision, allow_remote_code)
+    comparer = _comparer(loaded, tokenizer, data, eval_data, base, as_json)
+    if names:
+        from trsp_fast.report.tasks import score_tasks
+
+        comparer.tasks = lambda small: score_tasks(small, tokenizer, names, limit=limit, include_path=task_path)
+        comparer.tasks_about = {"names": names, "limit": limit}
     about = {
         "model": "the built-in demo model" if model == resolved("demo") else model,
         "data": data,

@@ -24,6 +24,9 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the result: new or empty.")]
 Data = Annotated[str, typer.Option("--data", help="demo, wikitext2, c4, ptb, alpaca or a path.")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, for example piqa,arc_easy.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="So many examples of each task, for a first look.")]
+TaskPath = Annotated[Path | None, typer.Option("--task-path", help="Folder with task definitions of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -33,7 +36,7 @@ Layers = Annotated[str | None, typer.Option("--layers", help="Layers to remove, 
 Ratio = Annotated[str | None, typer.Option("--ratio", help="Share of the layers to remove, between 0 and 1.")]
 NumLayers = Annotated[str | None, typer.Option("--num-layers", help="Number of layers to remove.")]
 Seed = Annotated[str | None, typer.Option("--seed", help="Seed of every random choice.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code or cut-first.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="default, paper, authors-code, two-stage or cut-first.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML or JSON file with fields of the configuration.")
 ]
@@ -46,6 +49,6 @@ AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Resume although data, settings or versions differ.")
 ]
 Parallel = Annotated[
-    str | None, typer.Option("--parallel", help="auto, ddp or none: what torchrun's processes do together.")
+    str | None, typer.Option("--parallel", help="auto, ddp, fsdp or none: what torchrun's processes do together.")
 ]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Evaluate on this instead of a part of --data.")]

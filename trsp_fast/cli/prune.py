@@ -177,7 +177,9 @@ def _prune(
         silent = as_json or group.rank > 0
         if group.rank == 0:
             check_output(out, resume=again.resume)
-        loaded = load(model, config, revision, remote_code, dtype="auto")
+        # A GPU may have no room for all of it: then it is divided on its way there
+        device = "cpu" if group.size > 1 and config.run.parallel in ("auto", "fsdp") else None
+        loaded = load(model, config, revision, remote_code, dtype="auto", device=device)
         tokens, evaluation = windows_of(loaded, model, data, eval_data, config, revision, remote_code)
         extras: dict[str, Any] = {"tokenizer": tokenizer_of(model, data, revision, remote_code), "about": about}
         extras |= {"evaluation": evaluation, "group": group, **dataclasses.asdict(again)}

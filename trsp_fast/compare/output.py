@@ -82,6 +82,7 @@ def _identity(comparer: Comparer, seeds: Sequence[int]) -> dict[str, Any]:
         "evaluation": tokens_digest(comparer.evaluation),
         "other": tokens_digest(comparer.other),
         "config": config,
+        "tasks": comparer.tasks_about,
     }
 
 

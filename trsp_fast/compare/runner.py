@@ -13,8 +13,10 @@ from trsp_fast import laco
 from trsp_fast.compare.arms import Arm
 from trsp_fast.config import TRSPConfig
 from trsp_fast.errors import UserError
+from trsp_fast.models.bypass import is_bypassed
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.removal import remove_layers
 from trsp_fast.report.perplexity import perplexity
 from trsp_fast.run.events import Events
 from trsp_fast.select import Selection, choose_layers
@@ -57,6 +59,7 @@ class Comparer:
         evaluation: windows of the same domain, int64 `[windows, seq]`.
         other: windows of another domain.
         tasks: scores a pruned model; asked for each row.
+        tasks_about: what was asked of `tasks`, so that an interrupted comparison goes on with the same.
         done: called after each row, with everything so far.
     """
 
@@ -66,6 +69,7 @@ class Comparer:
     config: TRSPConfig
     other: Tensor | None = None
     tasks: Tasks | None = None
+    tasks_about: dict[str, Any] | None = None
     events: Events = field(default_factory=Events)
     done: Callable[[Comparison], None] = lambda comparison: None
 
@@ -138,7 +142,9 @@ class Comparer:
         row["perplexity"] = perplexity(model, self.evaluation)
         row["perplexity_other"] = None if self.other is None else perplexity(model, self.other)
         if self.tasks is not None:
-            row["tasks"] = self.tasks(model)
+            # A KV cache, which generating tasks use, does not bear every bypass.
+            gone = [index for index, layer in enumerate(layer_stack(model).layers) if is_bypassed(layer)]
+            row["tasks"] = self.tasks(remove_layers(model, gone) if gone else model)
         row["seconds"] = row["seconds_select"] + row["seconds_transfer"]
         return row
 

@@ -1,35 +1,42 @@
 """How the rows of a batch are spread over processes, and how what they find comes together.
 
-Every process has the whole model. Each step it computes its share of the batch, gradients are added up in one bucketed
-all-reduce, and all take the same optimiser step. Before a reduction the processes agree on the host that all have got
-so far, so that nobody waits for one that ran out of memory; one that fails says why before it goes.
+Every process has the whole model (or rows of it: trsp_fast.engine.sharding). Each step it computes its share of the
+batch, gradients are added up in one bucketed all-reduce, and all take the same optimiser step. Before a reduction the
+processes agree on the host that all have got so far, so that nobody waits for one that ran out of memory; one that
+fails says why before it goes.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.errors import CheckFailed, Diverged, Interrupted, Lost, UserError
-from trsp_fast.run.state import Loaded, whole_keys
+from trsp_fast.run.state import Loaded, StateStore, whole_keys
 
 BUCKET = 1 << 28  # bytes that are copied together for one all-reduce; larger tensors are reduced where they are
 PATIENCE = timedelta(hours=1)  # how long processes wait for the first one, which alone proves, measures and writes
 
 T = TypeVar("T")
+Named = dict[str, nn.Parameter]
 
 
 class Group:
     """One process that does everything; `torchrun` brings others."""
 
     rank, size = 0, 1
+    sharded = False  # whether a process has rows of the weights only
+    device: torch.device | None = None  # the GPU that torchrun's numbering gives this process
 
     def parts(self, rows: Tensor, micro_batch: int) -> list[tuple[Tensor, float]]:
         """This process's share of a batch's rows in micro-batches, each with its weight in the mean over all rows."""
@@ -66,6 +73,32 @@ class Group:
         """The state that the first process has loaded, for all: only its disk is read."""
         return found
 
+    def store(self, folder: Path | None) -> StateStore | None:
+        """Where this process keeps states, given the output's folder in the one that has it."""
+        return StateStore(folder) if folder else None
+
+    def own(self, weights: Named) -> Named:
+        """The weights, by name, that this process's optimiser moves."""
+        return weights
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        """The norm of all gradients, which are scaled down to `limit` where it is larger."""
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def untouched(self, model: PreTrainedModel, trained: Named) -> PreTrainedModel:
+        """A model that stays as it is: copies of the weights that will be trained, the others shared."""
+        ids = {id(parameter) for parameter in trained.values()}
+        shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in ids}
+        return copy.deepcopy(model, shared).eval().requires_grad_(False)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A weight in one piece."""
+        return tensor.detach()
+
+    def watching(self) -> AbstractContextManager:
+        """Inside, what fails because another process is gone says so."""
+        return nullcontext()
+
     def _place(self, total: int) -> slice:
         return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
@@ -79,8 +112,10 @@ class Replicas(Group):
     def __init__(self, host: dist.ProcessGroup, device: dist.ProcessGroup | None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._host, self._device = host, device
+        self.device = None if device is None else torch.device("cuda", torch.cuda.current_device())
         self._store = dist.distributed_c10d._get_default_store()
         self._key = f"trsp_fast/{host.group_name}/failure"
+        self.inner: list[dist.ProcessGroup] = []  # others that end with this one
 
     def sum(self, tensors: list[Tensor]) -> None:
         for bucket in _buckets(tensors):
@@ -117,6 +152,9 @@ class Replicas(Group):
         self._try(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._host))
         return tensor.tolist()
 
+    def lowest(self, number: float) -> int:
+        return -self.highest(-int(number))[0]
+
     def share(self, found: Loaded | None) -> Loaded | None:
         values, tensors = found or (None, {})
         shapes: Any = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
@@ -142,8 +180,9 @@ class Replicas(Group):
         return error
 
     def close(self) -> None:
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(self._host)
+        for group in [*self.inner, self._host]:
+            with suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)
 
     def _reduce(self, tensor: Tensor) -> None:
         group = self._device if tensor.is_cuda else self._host
@@ -176,14 +215,14 @@ def started(config: TRSPConfig) -> Iterator[Group]:
     A process group that is there already is used and stays.
 
     Raises:
-        UserError: `ddp` without torchrun, or a device that several processes would share.
+        UserError: `ddp` or `fsdp` without torchrun, or a device that several processes would share.
         Lost: inside, another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if config.run.parallel == "ddp" and size == 1 and "RANK" not in os.environ:
+    if config.run.parallel in ("ddp", "fsdp") and size == 1 and "RANK" not in os.environ:
         raise UserError(
-            "run.parallel is ddp but torchrun has started no processes; give the command as torchrun --nproc-per-node "
-            "N -m trsp_fast ..., or leave run.parallel at auto."
+            f"run.parallel is {config.run.parallel} but torchrun has started no processes; give the command as "
+            "torchrun --nproc-per-node N -m trsp_fast ..., or leave run.parallel at auto."
         )
     if config.run.parallel == "none" or size == 1:
         yield Group()

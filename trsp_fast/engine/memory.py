@@ -1,8 +1,8 @@
 """How a batch is computed in the memory there is: micro-batches, and which layers are computed twice.
 
-Nothing is guessed: a step with no, one and two layers switched on (the others bypassed) is run on one and on two
+Nothing is guessed: a step with no, one, two and three layers switched on (the others bypassed) is run on one and on two
 windows and its peak measured. A step's peak is linear in the windows, and every further layer of a kind adds what the
-second one added, so these few passes give the peak of the whole step:
+last one added, so these few passes give the peak of the whole step:
 
     peak = fixed + max(head + all layers, over layers: one at work + those below it + the gradients of those above it)
 """
@@ -22,6 +22,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.offload import resident, streamed_bytes
 from trsp_fast.models.recompute import recomputed
 
 # Tokens in one pass on a CPU: 16 windows of 256 took 3.05 s at once, 2.36 s by fours, 2.57 s by twos (NOTES.md)
@@ -102,6 +103,14 @@ def plan_memory(
     )
 
 
+def unprobed(model: PreTrainedModel) -> MemoryPlan:
+    """What takes least: one window in a pass, every layer recomputed. Divided weights come and go, and are not probed.
+
+    A process that ran out of memory while probing would leave the others waiting.
+    """
+    return MemoryPlan(1, tuple(range(len(layer_stack(model)))))
+
+
 @dataclass(frozen=True)
 class _Line:
     """Bytes as a line in the number of windows."""
@@ -162,6 +171,7 @@ def _measure(
     model: PreTrainedModel, step: Callable[[int], None], device: torch.device, most: int, gated: Sequence[int]
 ) -> _Costs:
     layers = layer_stack(model).layers
+    streamed = streamed_bytes(model) > 0
     kinds = [_kind(layer) + ("gated" if index in gated else "") for index, layer in enumerate(layers)]
 
     def step_peaks(on: Sequence[int], twice: Sequence[int]) -> _Line:
@@ -170,13 +180,15 @@ def _measure(
     head = step_peaks((), ())
     one, more = {}, {}
     for kind in dict.fromkeys(kinds):
-        same = [index for index, other in enumerate(kinds) if other == kind][:2]
-        other = same[1] if len(same) > 1 else next((i for i in range(len(kinds)) if i != same[0]), None)
+        same = [index for index, other in enumerate(kinds) if other == kind]
         for again in (False, True):
-            one[kind, again] = step_peaks((same[0],), same[:1] if again else ())
-            more[kind, again] = one[kind, again] - head  # too much rather than too little, where it is the only one
-            if other is not None and kinds[other] == kind:
-                more[kind, again] = step_peaks((same[0], other), (same[0], other) if again else ()) - one[kind, again]
+            # Of frozen layers the lowest has no backward pass: where layers keep their input only, a second one tells
+            # what one at work takes, and a third one what a further one adds.
+            most_on = 3 if again or streamed else 2
+            counts = range(1, min(most_on, len(same)) + 1)
+            peaks = [step_peaks(same[:on], same[:on] if again else ()) for on in counts]
+            more[kind, again] = peaks[-1] - (peaks[-2] if len(peaks) > 1 else head)
+            one[kind, again] = peaks[1] - more[kind, again] if len(peaks) > 2 else peaks[0]
     return _Costs(kinds, head, one, more)
 
 
@@ -190,7 +202,8 @@ def _line(
 ) -> _Line:
     """The peak of a step with only the layers `on`, of which `twice` are recomputed, from 1 and `most` windows.
 
-    Gradients are there before, so that they do not count: when they come depends on what else is there.
+    Gradients are there before, so that they do not count: when they come depends on what else is there. So are weights
+    that are streamed, of which the whole step has no more at a time than a few layers.
     """
     peaks = []
     layers = layer_stack(model).layers
@@ -199,7 +212,7 @@ def _line(
     trained = [p for p in model.parameters() if p.requires_grad and p not in idle]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    with recomputed(model, twice), bypassed(model, off):
+    with resident(model, on), recomputed(model, twice), bypassed(model, off):
         for windows in (1, most):
             peaks.append(peak_bytes(functools.partial(step, windows), device))
     for parameter in trained:

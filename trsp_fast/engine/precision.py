@@ -1,6 +1,6 @@
 """In which dtype a run computes, trains and hands back its weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
+from trsp_fast.models.gathering import is_divided
 
 
 def run_dtype(config: TRSPConfig, device: torch.device) -> torch.dtype:
@@ -44,6 +45,9 @@ def fp32_weights(model: PreTrainedModel, trained: Iterable[nn.Parameter] | None 
     Args:
         trained: the weights concerned; all by default.
     """
+    if is_divided(model):  # its weights are fp32 all along, and come in the dtype of the computation
+        yield Masters()
+        return
     first = next(model.parameters())
     context = compute_in(first.device, first.dtype)
     dtypes = [(parameter, parameter.dtype) for parameter in (model.parameters() if trained is None else trained)]
@@ -64,17 +68,27 @@ class SourceWeights:
     on the CPU. Parameters are told apart by identity: removal moves the same objects into the pruned model.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, divided: dict[str, torch.dtype] | None = None
+    ) -> None:
+        """`divided`: the dtypes that the weights had before they were divided, which rounds none of them."""
+        named = dict(model.named_parameters())
+        self._dtypes: dict[Tensor, torch.dtype] = {
+            p: p.dtype if divided is None else divided[name] for name, p in named.items()
+        }
         self._originals: dict[nn.Parameter, Tensor] = {
             parameter: parameter.detach().cpu().clone()
-            for parameter, own in self._dtypes.items()
-            if parameter.is_floating_point() and torch.promote_types(own, dtype) != dtype
+            for parameter, own in zip(named.values(), self._dtypes.values(), strict=True)
+            if divided is None and parameter.is_floating_point() and torch.promote_types(own, dtype) != dtype
         }
 
-    def bytes_per_element(self, parameter: nn.Parameter) -> int:
-        """Of the parameter as it came in."""
-        return self._dtypes[parameter].itemsize
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of the parameter as it came in; one that was made since has its own."""
+        return self._dtypes.get(parameter, parameter.dtype)
+
+    def adopt(self, dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
+        """Parameters that were made since, and what they are to be written in."""
+        self._dtypes.update({parameter: dtype for parameter, dtype in dtypes.items()})
 
     def restore(self, model: PreTrainedModel) -> None:
         """Cast the parameters of `model` back; one that still has its cast original's value gets the original."""

@@ -24,6 +24,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper
 
+SCARCE = "there is not enough memory for one window; set data.seq_len lower, or use a device with more{}."
 LOGITS_SHARE = 4  # all logits of one window may take one part in so many of the free memory
 STATES_SHARE = 4  # and the untouched model's states one part in so many of the host's
 
@@ -127,6 +128,8 @@ class Session:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.group.sharded:  # the others are inside of FSDP's exchanges and would wait there
+                    raise UserError(SCARCE.format(", or more of them")) from None
                 failed = len(parts[0][0])
             # outside of the handler, which holds on to the tensors of the failed pass
             (size,) = self.group.highest(failed)
@@ -136,9 +139,7 @@ class Session:
 
     def _halve(self, size: int) -> None:
         if size == 1:
-            raise UserError(
-                "there is not enough memory for one window; set data.seq_len lower, or use a device with more."
-            )
+            raise UserError(SCARCE.format(""))
         self.micro_batch = size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

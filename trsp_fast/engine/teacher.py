@@ -153,6 +153,7 @@ def hidden_distance(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> T
     distances = []
     for point, target in teacher.items():
         size = target.float().pow(2).flatten(1).sum(1)
-        _, squared = residual_norms(target, student[point].to(target.dtype))
+        # in the student's dtype: rounding what is large in its state to the teacher's would outweigh the difference
+        _, squared = residual_norms(target.to(student[point].dtype), student[point])
         distances.append((squared / size).mean())
     return torch.stack(distances).mean()

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import LayerStack, layer_stack
+from trsp_fast.models.gathering import is_divided
 
 ABSENT = object()  # the layer instance had no `forward` of its own
 
@@ -37,6 +38,7 @@ class Identity:
     def __init__(self, model: PreTrainedModel, stack: LayerStack, index: int) -> None:
         self.index = index
         self.returned = _returned(model, stack.layers[index])
+        self.divided = is_divided(stack.layers[index])
         self.reports_length = index in _length_layers(model, len(stack))
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -49,6 +51,8 @@ class Identity:
                 f"layer {self.index} is bypassed and the KV cache reads its length there; "
                 "call the model with use_cache=False, give a SlabCache, or remove the layer with remove_layers."
             )
+        if self.divided:  # FSDP's hooks hand in a view of the states and hang on to what comes out
+            hidden_states = hidden_states.clone()
         return (hidden_states, *[None] * (self.returned - 1)) if self.returned else hidden_states
 
 

@@ -125,6 +125,8 @@ def layer_stack(model: "PreTrainedModel") -> LayerStack:
     """
     from torch import nn
 
+    from trsp_fast.models.gathering import own_class
+
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             "the model carries a PEFT adapter, which knows layers by number; merge it (merge_and_unload) first."
@@ -134,7 +136,7 @@ def layer_stack(model: "PreTrainedModel") -> LayerStack:
             f"the model's tensors are sharded over {parts} processes; load it whole, prune it, then shard it."
         )
     config = model.config.get_text_config(decoder=True)
-    check_causal(model.config, type(model).__name__)
+    check_causal(model.config, own_class(model).__name__)
     count = config.num_hidden_layers
     lists = [
         (name, module)

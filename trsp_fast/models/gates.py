@@ -13,6 +13,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.models.bypass import ABSENT, Identity, replace_forward, restore_forward
 from trsp_fast.models.bypass import bypassed as bypassed
 from trsp_fast.models.families import layer_stack
+from trsp_fast.models.gathering import gather_before_backward, is_divided
 from trsp_fast.ops import gated_residual, residual_norms
 
 
@@ -59,7 +60,7 @@ class LayerGates:
         if mode not in ("residual", "output", None):
             raise UserError(f"mode is {mode!r}; it must be 'residual', 'output' or None.")
         self.mode, self.with_norms, self.detach_norms, self.backend = mode, norms, detach_norms, backend
-        device = next(self.stack.layers.parameters()).device
+        device = next(model.parameters()).device  # the layers' weights may stay in host memory
         self.values = nn.Parameter(torch.ones(len(self.stack), dtype=torch.float32, device=device))
         self._bypassed: dict[int, Any] = {}
         self._model = model
@@ -77,8 +78,10 @@ class LayerGates:
             for module, inner in ((self._model, False), (self.stack.owner, True))
         ]
         for index in self.layers:
-            hook = self._layer_hook(index)
-            self._handles.append(self.stack.layers[index].register_forward_hook(hook, with_kwargs=True))
+            layer, hook = self.stack.layers[index], self._layer_hook(index)
+            # Before FSDP's own hook, which lets go of the weights that the second evaluation of the layer needs
+            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=is_divided(layer))
+            self._handles.append(handle)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -206,7 +209,9 @@ class LayerGates:
         output = forward(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
         out = output[0] if isinstance(output, tuple) else output
         x, out = sequences_first(x), sequences_first(out)
-        return residual_norms(x, out, token_mask=self._token_mask(x), backend=self.backend)
+        l1, l2 = residual_norms(x, out, token_mask=self._token_mask(x), backend=self.backend)
+        gather_before_backward(layer, l1, l2)
+        return l1, l2
 
 
 def distance(l1: Tensor, l2: Tensor, elements: Tensor | int, norm: str) -> Tensor:

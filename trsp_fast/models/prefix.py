@@ -14,6 +14,7 @@ from trsp_fast.models.bypass import Identity, is_bypassed, replace_forward, rest
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import as_layers_have_it, sequences_first
+from trsp_fast.models.gathering import is_divided
 from trsp_fast.run.events import Events
 
 DEVICE_SHARE = 0.25  # of the free device memory that kept states may take by default: activations need the rest
@@ -156,7 +157,10 @@ class PrefixStates:
         prefix, events = Prefix(model), events or Events()
         if first == 0 or not prefix.alive(0, first):
             return None
-        device = next(prefix.stack.layers.parameters()).device
+        device = next(model.parameters()).device
+        if is_divided(model):
+            events.note(f"the layers below layer {first} are computed anew in every step: their weights are divided.")
+            return None
         beginning = tokens[:batch].to(device)
         reason = _obstacle(prefix, beginning, first)
         kept = None if reason else _room(prefix, beginning[:1], first, len(tokens), budget)

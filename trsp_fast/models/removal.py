@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trsp_fast.config import checked_layers
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack, slice_config, sliced_tensors
+from trsp_fast.models.gathering import own_class
 
 
 def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -33,31 +34,40 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMo
     removed = checked_layers(layers, len(stack))
     kept = [index for index in range(len(stack)) if index not in removed]
     values = model.config.to_dict()
-    config = type(model.config).from_dict(slice_config(values, kept))
-    config._attn_implementation = model.config._attn_implementation
-    stated = model.config.dtype  # save_pretrained leaves its name there, which some models cannot be built with
-    config.dtype = getattr(torch, stated) if isinstance(stated, str) else stated
-    with torch.device("meta"):
-        small = type(model)(config)
-    new_names = {f"{stack.path}.{old}": f"{stack.path}.{new}" for new, old in enumerate(kept)}
-    gone = tuple(f"{stack.path}.{old}." for old in removed)
+    small = without_weights(model, kept)
     for kind in ("parameters", "buffers"):
-        tensors = getattr(model, f"named_{kind}")(remove_duplicate=False)
-        kept_tensors = {
-            _renamed(name, stack.path, new_names): tensor for name, tensor in tensors if not name.startswith(gone)
-        }
+        tensors = kept_tensors(model, kept, kind)
         for end, dimension in sliced_tensors(values):
-            kept_tensors |= {
+            tensors |= {
                 name: _pieces(tensor, dimension, kept, len(stack))
-                for name, tensor in kept_tensors.items()
+                for name, tensor in tensors.items()
                 if name.endswith(end)
             }
-        _move_in(small, kept_tensors, kind)
+        move_in(small, tensors, kind)
     small.train(model.training)
     small.generation_config = copy.deepcopy(model.generation_config)
     for source, target in zip((stack.layers[i] for i in kept), layer_stack(small).layers, strict=True):
         target.train(source.training)
     return small
+
+
+def without_weights(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """The model's architecture with the layers `kept` only, on the meta device."""
+    config = type(model.config).from_dict(slice_config(model.config.to_dict(), kept))
+    config._attn_implementation = model.config._attn_implementation
+    stated = model.config.dtype  # save_pretrained leaves its name there, which some models cannot be built with
+    config.dtype = getattr(torch, stated) if isinstance(stated, str) else stated
+    with torch.device("meta"):
+        return own_class(model)(config)
+
+
+def kept_tensors(model: PreTrainedModel, kept: list[int], kind: str) -> dict[str, torch.Tensor]:
+    """The model's `parameters` or `buffers` but those of layers that go, under their names after the cut."""
+    stack = layer_stack(model)
+    new_names = {f"{stack.path}.{old}": f"{stack.path}.{new}" for new, old in enumerate(kept)}
+    gone = tuple(f"{stack.path}.{old}." for old in range(len(stack)) if old not in kept)
+    tensors = getattr(model, f"named_{kind}")(remove_duplicate=False)
+    return {_renamed(name, stack.path, new_names): tensor for name, tensor in tensors if not name.startswith(gone)}
 
 
 def _renamed(name: str, path: str, new_names: dict[str, str]) -> str:
@@ -74,7 +84,7 @@ def _pieces(tensor: torch.Tensor, dimension: int, kept: list[int], count: int) -
     return torch.nn.Parameter(chosen, requires_grad=tensor.requires_grad)
 
 
-def _move_in(model: PreTrainedModel, tensors: dict[str, torch.Tensor], kind: str) -> None:
+def move_in(model: PreTrainedModel, tensors: dict[str, torch.Tensor], kind: str) -> None:
     """Put `tensors` in place of the model's parameters or buffers; names and shapes must match exactly."""
     wanted = dict(getattr(model, f"named_{kind}")(remove_duplicate=False))
     odd = sorted(wanted.keys() ^ tensors.keys()) or sorted(

@@ -15,6 +15,7 @@ from trsp_fast.errors import CheckFailed
 from trsp_fast.models.checkpoint import exact_dtype, load_config, restore_own_dtypes
 from trsp_fast.models.families import layer_count, layer_stack, slice_config, sliced_tensors
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.gathering import is_divided
 from trsp_fast.models.removal import remove_layers
 
 PROMPT, GENERATED = 12, 12  # tokens; short of any context, long enough for wrong cache slots to show
@@ -188,7 +189,11 @@ def allowed_error(model: PreTrainedModel) -> float:
     Linear attention is summed in chunks without a cache and token by token with one: 4.6e-4 in fp32. A wrong cache
     slot is off by the spread itself.
     """
-    precision = torch.finfo(next(model.parameters()).dtype).eps
+    dtype = next(model.parameters()).dtype
+    if is_divided(model):  # rows may be kept in a wider one than layers are computed in
+        with torch.no_grad():
+            dtype = model(input_ids=prompt(model, 1)[0][:, :1], use_cache=False).logits.dtype
+    precision = torch.finfo(dtype).eps
     return 8000 * precision if precision < 1e-5 else 32 * precision
 
 
@@ -270,7 +275,7 @@ def _check_counts(before: PreTrainedModel, after: PreTrainedModel, removed: list
 def _check_ties(before: PreTrainedModel, after: PreTrainedModel) -> Check:
     def tied(model: PreTrainedModel) -> bool:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if head is None or head.weight.is_meta:
+        if head is None or head.weight.is_meta or is_divided(model):
             return head is not None and head.weight is embedding.weight
         return head.weight.data_ptr() == embedding.weight.data_ptr()
 

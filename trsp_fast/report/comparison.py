@@ -110,6 +110,7 @@ def _verdicts(here: list[Summary]) -> list[str]:
             own = _range(ours.perplexity_other)
             texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}; trsp has {own}.")
     texts += _published(here)
+    texts += _time(here)
     return texts
 
 
@@ -125,6 +126,16 @@ def _published(here: list[Summary]) -> list[str]:
         f"TRSP as published (trsp-paper, {paper.perplexity[0]:.2f}) {how} cutting first and tuning afterwards "
         f"({best.arm}, {best.perplexity[0]:.2f}) at equal tokens."
     ]
+
+
+def _time(here: list[Summary]) -> list[str]:
+    """Our stage 2 against training on the language model loss alone, which sees as many tokens."""
+    ours = next((s for s in here if s.arm == OURS), None)
+    plain = next((s for s in here if s.arm == "lm-then-cut"), None)
+    if ours is None or plain is None or not plain.seconds_transfer:
+        return []
+    share = ours.seconds_transfer / plain.seconds_transfer
+    return [f"Training as trsp does takes {share:.2f} times as long as lm-then-cut on as many tokens."]
 
 
 def _range(values: tuple[float, float, float]) -> str:

@@ -44,8 +44,9 @@ def headline(report: dict[str, Any]) -> str:
     parts = [f"{len(removed)} of {report['layers_before']} layers removed"]
     if perplexity.get("dense") and perplexity.get("pruned"):
         parts.append(f"perplexity {perplexity['dense']:.2f} → {perplexity['pruned']:.2f}")
-    gain = speed["pruned"]["generated_tokens_per_second"] / speed["dense"]["generated_tokens_per_second"]
-    parts.append(f"generation {gain:.2f} times as fast")
+    if speed:  # divided weights are not measured
+        gain = speed["pruned"]["generated_tokens_per_second"] / speed["dense"]["generated_tokens_per_second"]
+        parts.append(f"generation {gain:.2f} times as fast")
     parts.append("export proven" if report["proven"] else "export NOT proven")
     return ", ".join(parts) + "."
 

@@ -37,6 +37,7 @@ class Outcome:
     perplexity: dict[str, float]
     similarity: dict[str, list[float]]
     speed: dict[str, dict[str, float]]
+    parameters: dict[str, int]
     weight_bytes: dict[str, int | None]
     checks: list[Check]
     tokens: Tensor
@@ -61,7 +62,7 @@ def report_of(outcome: Outcome) -> dict[str, Any]:
             "order_of_choice": selection.layers,
             "layers_before": outcome.layers_before,
             "layers_after": outcome.layers_before - len(removed),
-            "parameters": {name: int(values["parameters"]) for name, values in outcome.speed.items()},
+            "parameters": outcome.parameters,
             "weight_bytes": outcome.weight_bytes,
             "perplexity": outcome.perplexity,
             "speed": outcome.speed,

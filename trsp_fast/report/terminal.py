@@ -48,6 +48,15 @@ def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with steps done and the time left, moved by calls of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class _Lines:
     """One plain line for what matters; steps of stage 2 at every tenth."""
 
@@ -156,18 +165,18 @@ def print_result(report: dict[str, Any], out: Path) -> None:
         print_table(("removed layer", "gate when chosen", "curvature"), chosen)
     speed, size = report["speed"], report["weight_bytes"]
     parameters = report["parameters"]
-    before, after = speed["dense"], speed["pruned"]
     print_table(
         ("", "before", "after"),
         [
             ("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
             ("weights", size_text(size["dense"]), size_text(size["pruned"])),
             *(
-                (text, figure_text(before[key], 0), figure_text(after[key], 0))
+                (text, figure_text(speed["dense"][key], 0), figure_text(speed["pruned"][key], 0))
                 for key, text in (
                     ("prompt_tokens_per_second", "reading, tokens/s"),
                     ("generated_tokens_per_second", "generating, tokens/s"),
                 )
+                if speed
             ),
         ],
     )

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class StateStore:
         Raises:
             OSError: with ENOSPC where the disk is full; the states before are intact then.
         """
-        number = max(self._numbers(), default=0) + 1
+        number = self._next()
         path = self.folder / f"{number:06}.safetensors"
         digest = _write_tensors(tensors, path)
         text = json.dumps(values)
@@ -75,14 +76,29 @@ class StateStore:
                 self._remove(damaged)
         return found
 
+    @staticmethod
+    def check(stem: Path) -> None:
+        """Raise where a state's tensors are not those that its values were saved with."""
+        if _digest(stem.with_suffix(".safetensors")) != _envelope(stem)["tensors"]:
+            raise ValueError(f"{stem} is damaged")
+
     def _read(self, stem: Path) -> Loaded:
+        """A state, put together where the weights were divided among processes."""
         from safetensors.torch import load_file
 
-        envelope = json.loads(stem.with_suffix(".json").read_text())
-        text, path = envelope["content"], stem.with_suffix(".safetensors")
-        if hashlib.sha256(text.encode()).hexdigest() != envelope["values"] or _digest(path) != envelope["tensors"]:
-            raise ValueError(f"{stem} is damaged")
-        return json.loads(text, object_hook=whole_keys), load_file(path)
+        from trsp_fast.run.divided_state import assembled, home
+
+        values = read_values(stem)
+        if "divided" not in values:
+            self.check(stem)
+            return values, load_file(stem.with_suffix(".safetensors"))
+        processes = values["divided"]["processes"]
+        for rank in range(processes):
+            self.check(home(self.folder, rank) / stem.name)
+        return assembled(self.folder, int(stem.name), processes)
+
+    def _next(self) -> int:
+        return max(self._numbers(), default=0) + 1
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if _is_number(path))
@@ -95,6 +111,18 @@ class StateStore:
 
 def _is_number(path: Path) -> bool:
     return path.stem.isascii() and path.stem.isdigit() and path.is_file()
+
+
+def read_values(stem: Path) -> dict[str, Any]:
+    """The plain values of a state, known to be whole."""
+    envelope = _envelope(stem)
+    if hashlib.sha256(envelope["content"].encode()).hexdigest() != envelope["values"]:
+        raise ValueError(f"{stem} is damaged")
+    return json.loads(envelope["content"], object_hook=whole_keys)
+
+
+def _envelope(stem: Path) -> dict[str, Any]:
+    return json.loads(stem.with_suffix(".json").read_text())
 
 
 def fitting(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
@@ -187,8 +215,9 @@ class Keeper:
         store: where states go.
         every: save after so many steps; 0 saves as often as takes a twentieth of the time.
         stop: who may ask for the end.
-        share: hands what the first of several processes has loaded to all of them; the others have no store.
-        highest: the highest of a number over the processes, so that all of them end after the same step.
+        share: hands what the first of several processes has loaded to all of them; the others have no store, unless
+            the weights are divided.
+        highest: the highest of each number over the processes, so that all of them save and end after the same step.
     """
 
     def __init__(
@@ -198,7 +227,7 @@ class Keeper:
         stop: Stop | None = None,
         *,
         share: Callable[[Loaded | None], Loaded | None] = lambda loaded: loaded,
-        highest: Callable[[int], list[int]] = lambda number: [number],
+        highest: Callable[..., list[int]] = lambda *numbers: list(numbers),
     ) -> None:
         self.store, self.every, self.stop, self._highest = store, every, stop or Stop(), highest
         self.facts: dict[str, Any] = {}  # what is known for good: perplexities, the chosen layers, ...
@@ -242,14 +271,19 @@ class Keeper:
             Interrupted: after the state was saved.
         """
         self._steps += 1
-        (wish,) = self._highest(self.stop.code)
         due = self._steps >= self.every if self.every else time.monotonic() - self._since > AUTO_SHARE * self._cost
-        if self.store and (always or due or wish):
+        wish, time_to_save = self._highest(self.stop.code, int(due and self.store is not None))
+        if self.store and (always or time_to_save or wish):
             self._save(make())
         if wish:
             if self.store:
                 raise Interrupted(wish)
             raise KeyboardInterrupt if wish == 130 else SystemExit(wish)
+
+    def discard(self) -> None:
+        """Remove what is left of the states where the finished output is on another machine's disk."""
+        if self.store:
+            shutil.rmtree(self.store.folder, ignore_errors=True)
 
     def _save(self, state: State) -> None:
         if not self.store:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import UserError
+from trsp_fast.models.offload import placed
 from trsp_fast.run.events import Events
 from trsp_fast.select import angular, shortened, shortgpt, sleb, trivial, trsp
 from trsp_fast.select.contract import Selection, candidates
@@ -51,7 +52,8 @@ def choose_layers(
         )
     training = model.training
     try:
-        return METHODS[config.select.method](model, tokens, count, config, session or Session(events or Events()))
+        with placed(model, config):
+            return METHODS[config.select.method](model, tokens, count, config, session or Session(events or Events()))
     finally:
         model.train(training)
 

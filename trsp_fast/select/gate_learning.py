@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import SelectConfig
-from trsp_fast.engine.memory import MemoryPlan, plan_memory
+from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
 from trsp_fast.engine.objective import WindowOrder
 from trsp_fast.engine.optimizers import Named, adamw, load_optimizer_state, optimizer_state, step_if
 from trsp_fast.engine.precision import Masters
@@ -18,6 +18,7 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.offload import streamed_bytes
 from trsp_fast.models.prefix import PrefixStates
 from trsp_fast.run.state import State, fitting
 
@@ -54,7 +55,10 @@ class Learning:
 
 
 def plan_of(learning: Learning, batch: int) -> MemoryPlan:
+    if learning.session.group.sharded:
+        return unprobed(learning.model)
     trained = sum(parameter.numel() for parameter in learning.weights.values())
+    streamed = streamed_bytes(learning.model)
 
     def step(windows: int) -> None:
         _pass(learning, torch.arange(windows))
@@ -67,7 +71,7 @@ def plan_of(learning: Learning, batch: int) -> MemoryPlan:
         learning.tokens.shape[1],
         gated=learning.alive,
         held={"fp32 copies": learning.masters.growth},
-        coming={"optimiser": 8 * trained},
+        coming={"optimiser": 8 * trained, **({"streamed layers": streamed} if streamed else {})},
         gradients=4 * trained,
     )
 
@@ -172,7 +176,10 @@ def _learn_step(learning: Learning) -> None:
 
     def work(part: Tensor, weight: float) -> None:
         loss, own = _pass(learning, part, weight)
-        sequences.append(own * len(rows))  # the loss is a mean over the batch: times its size is each sequence's own
+        if weight:  # else rows of another process, run to keep step
+            sequences.append(
+                own * len(rows)
+            )  # the loss is a mean over the batch: times its size is each sequence's own
         sums["loss"] += loss.detach() * weight
         for layer, d in gates.distances("l2").items():
             sums["D"][layer] += d.detach() * weight

@@ -13,7 +13,7 @@ from trsp_fast.select.contract import Selection, candidates
 
 
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
+def block_influence(model: PreTrainedModel, tokens: Tensor, batch: int = INFERENCE_BATCH) -> list[float]:
     """1 - mean over tokens of cos(x, out), for each layer (the paper's equation 1); tokens int64 `[samples, seq]`."""
     layers = layer_stack(model).layers
     sums, device = torch.zeros(len(layers), dtype=torch.float64), next(model.parameters()).device
@@ -32,8 +32,8 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     model.eval()
     try:
-        for batch in tokens.split(INFERENCE_BATCH):
-            model(input_ids=batch.to(device), use_cache=False)
+        for part in tokens.split(batch):
+            model(input_ids=part.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

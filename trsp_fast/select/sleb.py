@@ -11,6 +11,7 @@ from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.objective import INFERENCE_BATCH, language_model_loss, mean_loss
 from trsp_fast.engine.session import Session
 from trsp_fast.models.bypass import bypassed
+from trsp_fast.models.gathering import is_divided
 from trsp_fast.models.prefix import Prefix
 from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
@@ -64,7 +65,8 @@ def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers
             prefix, ordered = Prefix(model), sorted(layers)
             starts: dict[int, int] = {}
             obstacle, cost = None, 0.0
-            if _gain(prefix, len(tokens), ordered) > PROOF:
+            # Divided weights come and go with whole passes, which all processes must run alike
+            if not is_divided(model) and _gain(prefix, len(tokens), ordered) > PROOF:
                 starts, obstacle = _starts(prefix, tokens[:1].to(device), ordered)
                 cost += PROOF
             if starts:

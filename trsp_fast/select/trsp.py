@@ -66,14 +66,16 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             order=WindowOrder(len(tokens), batch, config.seed),
             steps=settings.steps_per_round or -(-len(tokens) // batch),
             masters=masters,
-            weights=dict(model.named_parameters()) if settings.train_weights else {},
+            weights=session.group.own(dict(model.named_parameters())) if settings.train_weights else {},
         )
         window = tokens[:1].to(gates.values.device)
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
-        if config.run.compile:
+        if config.run.compile and config.run.offload == "none":
             during.enter_context(compiled_layers(model))
+        elif config.run.compile:
+            session.events.note("run.compile is for stage 2 only here: streamed layers are not compiled.")
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
         while (missing := count - len(learning.chosen)) > 0:

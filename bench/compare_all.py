@@ -1,0 +1,77 @@
+"""The full matrix of the comparison, and docs/results.md from what it found: `make results`.
+
+python bench/compare_all.py [--subjects demo,stories260K] [--arms all] [--seeds 0,1,2] [--ratio 0.25]
+python bench/compare_all.py --page-only
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from results_page import RESULTS, write_page
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# name -> (model, text to calibrate and evaluate on, text of another domain); what lies beside the checkout is optional
+SUBJECTS: dict[str, tuple[str, str, str | None]] = {
+    "demo": ("demo", "demo", str(SHARED / "text" / "wikitext-2.test.txt")),
+    "stories260K": (
+        str(SHARED / "stories260K"),
+        str(SHARED / "text" / "tinystories_val_68stories.txt"),
+        str(SHARED / "text" / "tinyshakespeare.txt"),
+    ),
+}
+
+
+def run(name: str, arguments: argparse.Namespace) -> None:
+    """One subject into bench/results/compare_NAME.json, without paths of this machine."""
+    model, data, other = SUBJECTS.get(name) or (arguments.folder[name], "demo", SUBJECTS["demo"][2])
+    if not all(source == "demo" or Path(source).exists() for source in (model, data)):
+        print(f"{name}: {model} or {data} is not there; left out")
+        return
+    command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
+    command += ["--seeds", arguments.seeds]
+    command += ["--num-layers", arguments.num_layers] if arguments.num_layers else ["--ratio", arguments.ratio]
+    command += ["--eval-data", other] if other and Path(other).exists() else []
+    command += [part for setting in arguments.set for part in ("--set", setting)]
+    out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
+    subprocess.run([*command, "--out", str(out), "--resume"], check=True)
+    text = (out / "comparison.json").read_text().replace(str(SHARED), "../shared/data")
+    if name in arguments.folder:
+        text = text.replace(json.dumps(model)[1:-1], name)
+    values = json.loads(text)
+    values["command"] = f"python bench/compare_all.py {' '.join(sys.argv[1:])}".strip()
+    target = RESULTS / f"compare_{name}{arguments.suffix}.json"
+    target.write_text(json.dumps(values, indent=1) + "\n")
+    shutil.rmtree(out)
+    print(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", default=",".join(SUBJECTS), help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=FOLDER", help="one more subject, trained on demo's text"
+    )
+    parser.add_argument("--arms", default="all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ratio", default="0.25")
+    parser.add_argument("--num-layers")
+    parser.add_argument("--set", action="append", default=[], help="as of trsp-fast compare")
+    parser.add_argument("--suffix", default="", help="of the results file, for another budget of the same subject")
+    parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")
+    parser.add_argument("--page-only", action="store_true", help="write docs/results.md from what is there")
+    arguments = parser.parse_args()
+    arguments.folder = dict(pair.split("=", 1) for pair in arguments.model)
+    if not arguments.page_only:
+        for name in [*arguments.folder, *filter(None, arguments.subjects.split(","))]:
+            run(name, arguments)
+    print(write_page())
+
+
+if __name__ == "__main__":
+    main()
