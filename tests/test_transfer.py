@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_llama
 
 from trsp_fast.config import TransferConfig, TRSPConfig
+from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import mean_loss
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import Diverged, Interrupted, UserError
@@ -194,7 +195,7 @@ def test_neighbours_alone_learn_and_the_rest_is_shared_with_the_teacher(llama, t
     assert "model.norm.weight" in changed
     assert "model.embed_tokens.weight" not in changed
     named = trainable_weights(llama, [2, 3], "neighbours")
-    teacher = transfer_module._teacher(llama, named)
+    teacher = Group().untouched(llama, named)
     for (name, own), theirs in zip(llama.named_parameters(), teacher.parameters(), strict=True):
         assert (own is theirs) == (name not in named)
 
