@@ -26,7 +26,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1
 PYTEST_JOBS := -n $(JOBS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench results lint format clean
+.PHONY: help setup demo test test-slow test-oldest test-all families fuzz bench results lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -117,6 +117,22 @@ test-all: test test-slow test-oldest lint ## test, test-slow, test-oldest and li
 format: setup ## reformat the Python files
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+# The site's generator reads the sources without importing them, so that its environment holds nothing else.
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.stamp-$(call checksum,$(PYTHON))
+
+$(DOCS_STAMP): pyproject.toml
+	@echo "docs: creating $(DOCS) with mkdocs and mkdocstrings"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS)/requirements.txt
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(DOCS)/requirements.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation into build/docs
+	@PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "docs: build/docs/index.html"
 
 clean: ## remove what was built; the environment stays until `rm -rf .venv`
 	@rm -rf build dist *.egg-info trsp_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

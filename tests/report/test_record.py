@@ -153,6 +153,17 @@ def test_a_card_without_a_licence_says_so(run, tmp_path):
     assert "It was not measured." in card
 
 
+def test_a_run_without_speed_has_a_page_and_a_card(run, tmp_path):
+    """Weights that are divided among processes are not measured."""
+    report = {**run[1].report, "speed": {}}
+    write_card(report, tmp_path / "README.md")
+    write_report(report, tmp_path / "report.html")
+    for name in ("README.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "tokens/s" not in text
+        assert f"{report['parameters']['pruned']:,}" in text
+
+
 @pytest.mark.parametrize(
     ("card", "licence"),
     [

@@ -33,8 +33,9 @@ def gated_residual(
     """Gate a decoder layer and measure its residual d = out - x (TRSP, arXiv 2505.18232); computed in fp32.
 
     Args:
-        x, out: input and output of a decoder layer, (G, ..., H), one sequence per index of the first dimension; fp32,
-            bf16, fp16 or fp64 (reference backend only, computed in fp64).
+        x: input of a decoder layer, (G, ..., H), one sequence per index of the first dimension; fp32, bf16, fp16 or
+            fp64 (reference backend only, computed in fp64).
+        out: output of that layer, like x.
         gate: fp32, 0-D or [G] (one value per sequence, and then one gradient per sequence). fp64 with fp64 states.
         mode: "output" gives y = gate*out (the paper), "residual" gives y = gate*out + (1-gate)*x, which is exactly out
             at gate 1 and exactly x at gate 0.

@@ -21,8 +21,9 @@ def residual_norms(
     """Sums of |d| and d*d per sequence, d = out - x in fp32: the residual penalty of TRSP (arXiv 2505.18232).
 
     Args:
-        x, out: input and output of a decoder layer, (G, ..., H), one sequence per index of the first dimension; fp32,
-            bf16, fp16 or fp64 (reference backend only, computed in fp64).
+        x: input of a decoder layer, (G, ..., H), one sequence per index of the first dimension; fp32, bf16, fp16 or
+            fp64 (reference backend only, computed in fp64).
+        out: output of that layer, like x.
         token_mask: bool, broadcastable to x.shape[:-1]; True keeps a token. It selects: what a dropped token holds,
             NaN included, reaches neither the sums nor the gradients.
         backend: "reference", "cpu" or "triton"; by default the fastest one on x's device.

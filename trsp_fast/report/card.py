@@ -71,16 +71,17 @@ def _perplexities(report: dict[str, Any]) -> str:
 
 
 def _size_and_speed(report: dict[str, Any]) -> str:
-    before, after = report["speed"]["dense"], report["speed"]["pruned"]
-    size, parameters = report["weight_bytes"], report["parameters"]
+    speed, size, parameters = report["speed"], report["weight_bytes"], report["parameters"]
     rows = [
         f"| layers | {report['layers_before']} | {report['layers_after']} |",
         f"| parameters | {parameters['dense']:,} | {parameters['pruned']:,} |",
         f"| weights | {size_text(size['dense'])} | {size_text(size['pruned'])} |",
     ]
+    if not speed:  # divided weights are not measured
+        return "\n".join(["## Size", "", "| | before | after |", "|---|---|---|", *rows])
     for key, text in (("prompt", "reading a prompt, tokens/s"), ("generated", "generating, tokens/s")):
-        rate = f"{key}_tokens_per_second"
-        rows.append(f"| {text} | {figure_text(before[rate], 0)} | {figure_text(after[rate], 0)} |")
+        before, after = (speed[model][f"{key}_tokens_per_second"] for model in ("dense", "pruned"))
+        rows.append(f"| {text} | {figure_text(before, 0)} | {figure_text(after, 0)} |")
     where = f"Speed on {report['run']['device']} in {report['run']['dtype']}, both models in turn in one process."
     return "\n".join(["## Size and speed", "", "| | before | after |", "|---|---|---|", *rows, "", where])
 
