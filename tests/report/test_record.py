@@ -38,7 +38,13 @@ def run(tmp_path_factory, tokens):
     tiny_llama().save_pretrained(folder / "source")
     (folder / "source" / "README.md").write_text(CARD)
     model = AutoModelForCausalLM.from_pretrained(folder / "source")
-    settings = {"num_layers": 2, "data": {"batch": 4}, "select": {"steps_per_round": 2}, "transfer": {"epochs": 2}}
+    settings = {
+        "preset": "two-stage",
+        "num_layers": 2,
+        "data": {"batch": 4},
+        "select": {"steps_per_round": 2},
+        "transfer": {"epochs": 2},
+    }
     about = {"data": "text.txt", "evaluation_data": "the rest", "command": "trsp-fast prune `x` --num-layers 2"}
     config = trsp.TRSPConfig.from_dict(settings)
     result = trsp.prune(model, tokens, config, out=folder / "out", evaluation=tokens, about=about)
