@@ -90,7 +90,7 @@ def test_a_plot_shows_the_numbers_it_is_given():
     svg = perplexity_bars({"dense": 10.0, "cut": 4321.5, "pruned": None})
     assert "10.00" in svg
     assert "4,321.50" in svg
-    assert "after stage 2" not in svg
+    assert "all layers on" not in svg
 
 
 def test_plots_without_numbers_are_left_out():

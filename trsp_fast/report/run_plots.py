@@ -9,7 +9,12 @@ from markupsafe import Markup
 from trsp_fast.report.plots import COLOURS, INK, figure, gates_by_step, legend, similarity_by_layer, whole_steps
 
 WIDTH = 5.0  # inches: two beside each other on a screen, text of its own size on a phone
-PERPLEXITIES = {"dense": "as it came", "cut": "cut, no stage 2", "transferred": "after stage 2", "pruned": "the result"}
+PERPLEXITIES = {
+    "dense": "as it came",
+    "cut": "cut, no stage 2",
+    "transferred": "stage 2, all layers on",
+    "pruned": "the result",
+}
 LOSSES = {"loss": "loss", "lm_loss": "language model", "penalty": "penalty", "hidden": "hidden states"}
 
 
