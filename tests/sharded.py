@@ -99,7 +99,7 @@ def held() -> dict:
     def step(state) -> None:
         before = dict(moved)
         original(state)
-        weights = [*state.model.named_parameters(), *state.teacher.named_parameters()]
+        weights = [*state.model.named_parameters(), *state.teacher.model.named_parameters()]
         local = [parameter.to_local() for _, parameter in weights if hasattr(parameter, "to_local")]
         moments = [t for s in state.optimizer.state.values() for key, t in s.items() if key != "step"]
         gradients = [parameter.grad for parameter in state.weights.values()]

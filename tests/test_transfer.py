@@ -11,6 +11,7 @@ from tiny import tiny_llama
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.optimizers import adamw, load_optimizer_state, optimizer_state
 from trsp_fast.engine.session import Session
 from trsp_fast.errors import Diverged, Interrupted, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
@@ -166,6 +167,35 @@ def test_cut_first_leaves_the_cut_layers_untouched(llama, tokens):
     changed = {name for name, p in llama.named_parameters() if not torch.equal(p, before[name])}
     assert not any(name.startswith(("model.layers.1.", "model.layers.4.")) for name in changed)
     assert any(name.startswith("model.layers.2.") for name in changed)
+
+
+def test_layers_out_of_the_function_from_the_start_are_not_trained(llama):
+    """They need no fp32 copies, no moments and no place in a state; a tied or shared weight stays."""
+    cut = config(gate="anneal", hold=1.0).transfer
+    trained = transfer_module.trained_weights(llama, [1, 4], cut)
+    assert {name.split(".")[2] for name in trained if ".layers." in name} == {"0", "2", "3", "5"}
+    assert "model.embed_tokens.weight" in trained
+    for other in ({"hold": 0.9}, {"gate": "none"}, {"lambda2": 1.0}):
+        settings = config(**{"gate": "anneal", "hold": 1.0, **other}).transfer
+        assert len(transfer_module.trained_weights(llama, [1, 4], settings)) == len(dict(llama.named_parameters()))
+
+
+def test_the_state_of_a_weight_without_gradients_is_none(llama, tokens):
+    """An expert that no token has reached yet: its optimiser state begins when the uninterrupted run's would."""
+    named = {name: p for name, p in llama.named_parameters() if ".layers." in name}
+    twin = {name: torch.nn.Parameter(p.detach().clone()) for name, p in named.items()}
+    optimizer = adamw(named.values(), 1e-3, (0.9, 0.95))
+    llama(input_ids=tokens, labels=tokens).loss.backward()
+    without = [name for name in named if ".layers.3." in name]
+    for name in without:
+        named[name].grad = None
+    optimizer.step()
+    found, other = optimizer_state(optimizer, named), adamw(twin.values(), 1e-3, (0.9, 0.95))
+    load_optimizer_state(other, twin, found)
+    again = optimizer_state(other, twin)
+    assert again.keys() == found.keys()
+    assert not any(".layers.3." in name for name in again)
+    assert all(torch.equal(again[name], found[name]) for name in found)
 
 
 def test_no_epochs_no_change(llama, tokens):

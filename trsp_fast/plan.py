@@ -24,7 +24,7 @@ from trsp_fast.run.state import KEPT
 from trsp_fast.select import choose_layers
 from trsp_fast.select.contract import candidates
 from trsp_fast.select.trsp import BATCH, JUDGE_WINDOWS
-from trsp_fast.transfer import require_room, trainable_weights, transfer
+from trsp_fast.transfer import require_room, trained_weights, transfer
 
 PROBED = 3  # steps of each kind; the first one is slower and does not count
 PROBED_WINDOWS = 16  # of the evaluation, to know a forward pass
@@ -101,7 +101,7 @@ def _bytes_of_a_state(model: PreTrainedModel, layers: list[int], config: TRSPCon
     if config.select.train_weights and not config.layers:
         stage_1 = 12 * sum(parameter.numel() for parameter in model.parameters())
     if config.transfer.epochs:
-        trained = sum(p.numel() for p in trainable_weights(model, layers, config.transfer.trainable).values())
+        trained = sum(p.numel() for p in trained_weights(model, layers, config.transfer).values())
         stage_2 = round((4 + STATE_BYTES[config.transfer.optimizer]) * trained)
         stage_2 += sum(parameter.nbytes for parameter in model.parameters()) if stage_1 else 0  # as stage 1 left them
     return max(stage_1, stage_2)

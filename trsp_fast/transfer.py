@@ -101,7 +101,7 @@ def transfer(
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    weights, group = trainable_weights(model, layers, settings.trainable), session.group
+    weights, group = trained_weights(model, layers, settings), session.group
     teacher = _teacher(model, tokens, layers, weights, settings, session) if settings.imitates else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
@@ -156,9 +156,20 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
     return {name: parameter for name, parameter in named.items() if parameter in wanted}
 
 
+def trained_weights(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> Named:
+    """Of the trainable ones those that get gradients: not those of layers that are out of the function from the start."""
+    named = trainable_weights(model, layers, settings.trainable)
+    if settings.gate != "anneal" or settings.hold < 1 or settings.lambda2 > 0:
+        return named
+    stack = layer_stack(model)
+    gone = {p for layer in layers for p in stack.layers[layer].parameters()}
+    gone -= {p for layer in range(len(stack)) if layer not in layers for p in stack.layers[layer].parameters()}
+    return {name: parameter for name, parameter in named.items() if parameter not in gone}
+
+
 def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> int:
     """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
-    trained = trainable_weights(model, layers, settings.trainable).values()
+    trained = trained_weights(model, layers, settings).values()
     held = sum(parameter.nbytes for parameter in model.parameters())
     held += sum(parameter.nbytes for parameter in trained) if settings.imitates else 0
     return held + round(sum((4 - p.itemsize + 4 + STATE_BYTES[settings.optimizer]) * p.numel() for p in trained))

@@ -12,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import CORE, ZOO, build
 
 import trsp_fast as trsp
-from trsp_fast import cli, pruner
 from trsp_fast import plan as plan_module
+from trsp_fast import pruner
+from trsp_fast.cli import common
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.memory import peak_bytes
 from trsp_fast.errors import UserError
@@ -399,7 +400,7 @@ def test_a_device_that_cannot_train_it_is_refused(llama, tokens, monkeypatch, co
     ],
 )
 def test_what_stage_2_holds(llama, dtype, changes, each):
-    settings = config("weights", transfer={"epochs": 1, **changes}).transfer
+    settings = config("weights", transfer={"epochs": 1, "hold": 0.5, **changes}).transfer
     number = sum(p.numel() for p in llama.parameters())
     assert transfer_module.bytes_held(llama.to(dtype), [1], settings) == pytest.approx(each * number, rel=1e-3)
 
@@ -439,7 +440,7 @@ def test_compiling_is_said_not_to_reach_streamed_layers(llama, tokens):
 def test_commands_load_onto_the_host(monkeypatch, how, where):
     seen = []
     monkeypatch.setattr("trsp_fast.models.checkpoint.load_model", lambda _name, **options: seen.append(options))
-    cli._load("model", TRSPConfig.from_dict({"device": "cuda", "run": {"offload": how}}), None, False, dtype="auto")
+    common.load("model", TRSPConfig.from_dict({"device": "cuda", "run": {"offload": how}}), None, False, dtype="auto")
     assert seen[0]["device"] == where
 
 

@@ -93,7 +93,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Named) -> dict[str,
 def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` gave; the optimiser must be new. The parameters do not move.
 
-    A first step with zero gradients and learning rate 0 makes the optimiser allocate its state.
+    A first step with zero gradients and learning rate 0 makes the optimiser allocate its state. A weight that had no
+    gradient yet, such as that of an expert that no token has reached, has none, and begins later as it would have.
 
     Raises:
         UserError: the state is that of another kind of optimiser or of other weights.
@@ -107,8 +108,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors
     optimizer.step()
     optimizer.zero_grad()
     set_rate(optimizer, rate)
+    saved = {name.rpartition("/")[0] for name in tensors}
     with torch.no_grad():
         for name, parameter in named.items():
+            if name not in saved:
+                del optimizer.state[parameter]
+                continue
             for key, value in optimizer.state[parameter].items():
                 for path, tensor in _plain_tensors(key, value):
                     tensor.copy_(fitting(tensors, f"{name}/{path}", tensor))

@@ -39,7 +39,8 @@ def perplexity(
         UserError: a single window does not fit into memory.
     """
     group, total = group or Group(), torch.zeros((), dtype=torch.float64)
-    parts = group.parts(torch.arange(len(tokens)), batch)
+    # divided weights: all processes must make as many passes
+    parts = group.parts(torch.arange(len(tokens)), batch if group.sharded else 0)
     advance = _count(progress, sum(len(rows) for rows, _ in parts))
     for rows, weight in parts:
         total += _summed_losses(model, tokens[rows], batch, advance) / len(rows) * weight
