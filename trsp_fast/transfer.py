@@ -157,7 +157,7 @@ def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str)
 
 
 def trained_weights(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> Named:
-    """Of the trainable ones those that get gradients: not those of layers that are out of the function from the start."""
+    """Of the trainable ones those that get gradients: no layer's that is out of the function from the start."""
     named = trainable_weights(model, layers, settings.trainable)
     if settings.gate != "anneal" or settings.hold < 1 or settings.lambda2 > 0:
         return named
