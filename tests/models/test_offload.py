@@ -381,7 +381,7 @@ def test_a_device_that_cannot_train_it_is_refused(llama, tokens, monkeypatch, co
     monkeypatch.setattr(transfer_module, "free_memory", lambda _device: needed - 1)
     started = []
     events = Events(lambda kind, _values: started.append(kind))
-    settings = config("weights", transfer={"epochs": 1})
+    settings = config("weights", transfer={"epochs": 1, "hold": 0.5})
     work = plan_module.forecast if command == "plan" else lambda *arguments: trsp.prune(*arguments, events=events)
     with pytest.raises(UserError, match=r"stage 2 trains the weights on cpu .* give transfer.epochs=0"):
         work(llama, tokens, settings)
@@ -406,7 +406,7 @@ def test_what_stage_2_holds(llama, dtype, changes, each):
 
 
 def test_neighbours_hold_less(llama):
-    settings = config("weights", transfer={"epochs": 1, "trainable": "neighbours"}).transfer
+    settings = config("weights", transfer={"epochs": 1, "hold": 0.5, "trainable": "neighbours"}).transfer
     trained = sum(p.numel() for p in transfer_module.trainable_weights(llama, [1], "neighbours").values())
     frozen = sum(p.numel() for p in llama.parameters()) - trained
     assert 0 < trained < frozen
