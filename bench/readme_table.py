@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trsp_fast.report.comparison import HEAD, sentences, table_rows
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- {}: begin, written by bench/readme_table.py -->", "<!-- {}: end -->"
@@ -100,6 +102,19 @@ def steps() -> str:
     return "\n".join(lines)
 
 
+def comparison() -> str:
+    """The arms on the built-in model, best first, and what their numbers say."""
+    content = json.loads((RESULTS / "compare_demo.json").read_text())
+    rows = content["arms"]
+    columns = [
+        HEAD.index(name) for name in ("arm", "removed layers", "perplexity", "other domain", "minus trsp, paired")
+    ]
+    table = [HEAD, *table_rows(rows)]
+    lines = ["| " + " | ".join(row[column] for column in columns) + " |" for row in table]
+    lines.insert(1, "|" + "---|" * len(columns))
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"]))
+
+
 def tables() -> str:
     """One table per machine that has results, GPUs first."""
     files = [file for file in sorted(RESULTS.glob("kernels_*.json")) if "fresh_memory" not in file.name]
@@ -149,7 +164,7 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 
 
-SECTIONS = {"performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps}
+SECTIONS = {"comparison": comparison, "performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps}
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ import op_cases
 import plain_trsp
 import pytest
 import readme_table
+import results_page
 import step_arms
 import step_figures
 import torch
@@ -346,3 +347,10 @@ def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monk
     whole, small = (bench_step.peak_of("ours", "select", "tiny", tokens, options) for options.batch in (16, 4))
     logits = 16 * 128 * 256 * 4  # bytes in fp32, and their gradients again as many
     assert whole - small > logits
+
+
+def test_the_page_of_results_is_in_step():
+    assert results_page.PAGE.read_text() == results_page.page()
+    for path in results_page.RESULTS.glob("compare_*.json"):
+        for name in results_page.plots(json.loads(path.read_text())):
+            assert (results_page.PLOTS / f"{path.stem}-{name}.svg").exists()

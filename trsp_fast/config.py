@@ -75,7 +75,7 @@ class TransferConfig:
     gate: str = _setting("anneal", choices=("none", "anneal"))
     hold: float = _setting(1.0, low=0, high=1)
     epochs: int = _setting(3, low=0)
-    lr: float = _setting(1e-3, low=0)
+    lr: float = _setting(5e-4, low=0)
     warmup: float = _setting(0.05, low=0, high=1)
     clip: float = _setting(1.0, low=0)
     optimizer: str = _setting("adamw", choices=("adamw", "adamw8bit"))
@@ -265,7 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
     "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0}},
     # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
-    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "lr": 5e-4}},
+    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0}},
 }
 
 
