@@ -146,7 +146,7 @@ def test_four_processes_do_what_one_does(tmp_path, one):
         )
 
 
-CHANGES = {"run": {"save_every": 1}, "transfer": {"epochs": 2}}
+CHANGES = {"run": {"save_every": 1}}
 
 
 @pytest.mark.slow
