@@ -140,7 +140,7 @@ def test_untrained_and_merged_rows(found):
     model = tiny_llama()
     with bypassed(model, row_of(found, "shortgpt")["layers"]):
         assert row_of(found, "shortgpt")["perplexity"] == pytest.approx(perplexity(model, windows(100)))
-    small, _ = laco.merge(model, 2, windows(0))
+    small, _ = laco.merge(model, 2, windows(0), at_once=2)
     assert row_of(found, "laco")["perplexity"] == pytest.approx(perplexity(small, windows(100)))
     assert row_of(found, "dense", removed=1)["perplexity"] == pytest.approx(perplexity(model, windows(100)))
 
