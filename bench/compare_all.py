@@ -44,7 +44,10 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     if name in arguments.folder:
         text = text.replace(json.dumps(model)[1:-1], name)
     values = json.loads(text)
-    values["command"] = f"python bench/compare_all.py {' '.join(sys.argv[1:])}".strip()
+    words = sys.argv[1:]
+    if "--out" in words:  # where it waited for its end says nothing
+        del words[words.index("--out") : words.index("--out") + 2]
+    values["command"] = " ".join(["python bench/compare_all.py", *words])
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     shutil.rmtree(out)

@@ -19,7 +19,8 @@ each table is made from its numbers. In one table all arms that train have the s
 passes, optimiser, learning rate, warm-up and clipping; a row says what they minimise and when the layers leave.
 Perplexity is on text that nothing was calibrated on, in brackets the smallest and largest seed. *Minus trsp* is the
 mean of the differences to `trsp` on the same seed: above zero `trsp` is better. *Forwards* is the cost of the choice in
-forward passes of one window, a backward pass counting two. The last table says what an arm is.
+forward passes of one window, a backward pass counting two. The last table says what an arm is. The learning rate is one
+for all arms, so `trsp-paper` has not the published 2e-5, at which weights of so small a model hardly move.
 
 Small models say little about large ones: nothing here was measured on a model above a few million parameters.
 """

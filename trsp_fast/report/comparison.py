@@ -107,8 +107,8 @@ def _verdicts(here: list[Summary]) -> list[str]:
         if best.perplexity_other is not None and ours.perplexity_other is not None:
             first = min(here, key=lambda s: s.perplexity_other[0] if s.perplexity_other else math.inf)
             other = first.perplexity_other or best.perplexity_other
-            own = _range(ours.perplexity_other)
-            texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}; trsp has {own}.")
+            own = "" if first is ours else f"; trsp has {_range(ours.perplexity_other)}"
+            texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}{own}.")
     texts += _published(here)
     texts += _time(here)
     return texts
