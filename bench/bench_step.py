@@ -7,8 +7,8 @@ them; stage 2 is the same recipe in both. On a CPU the built-in model, on a GPU 
 turn in one process, `--pairs` times, and every ratio is a median over these pairs; on a CPU they take turns after every
 step, so that what else the machine does hits both. Where `--steps` is less than the
 recipe has, the rest is counted and extrapolated by the median step of its round. Memory is what a run holds above the
-weights at its peak, each in a process of its own: on a CPU the growth of the resident set (VmHWM) over that with the
-model loaded and one forward pass of one token done, on a GPU that of torch's allocator.
+weights at its peak: on a GPU by torch's allocator, the most of all pairs; on a CPU the growth of the resident set
+(VmHWM) over that with the model loaded and one forward pass of one token done, each in a process of its own.
 
 No ratio is given where the arms' first losses differ: the weights are equal then, so the losses must be.
 """
@@ -149,7 +149,7 @@ def rows_of(subject: Subject, tokens: Path, arguments: argparse.Namespace) -> li
                 row |= {"problem": "out of memory", "peak_bytes": None}
             else:
                 row |= timing_row(part, arm, runs, subject, sizes, rates, agreed)
-                row["peak_bytes"] = peak_of(arm, part, subject.name, tokens, arguments)
+                row["peak_bytes"] = peak_of(arm, part, runs, subject.name, tokens, arguments)
             rows.append(row)
     with_memory_ratios(rows)
     return rows
@@ -246,8 +246,16 @@ def with_memory_ratios(rows: list[dict[str, Any]]) -> None:
         row["memory_ratio"] = row["peak_bytes"] / plain[row["part"]] if both else None
 
 
-def peak_of(arm: str, part: str, name: str, tokens: Path, arguments: argparse.Namespace) -> int | None:
-    """`step_memory.peak_bytes` in a process of its own; None where it ran out of memory."""
+def peak_of(
+    arm: str, part: str, runs: dict[tuple[str, str], list[Run]], name: str, tokens: Path, arguments: argparse.Namespace
+) -> int | None:
+    """What a GPU's allocator told of the runs; on a CPU `step_memory.peak_bytes` in a process of its own.
+
+    None where it ran out of memory.
+    """
+    if arguments.device == "cuda":
+        stages = STAGES if part == "whole" else (part,)
+        return max(run.peak_bytes or 0 for stage in stages for run in runs[arm, stage])
     command = [sys.executable, __file__, "--device", arguments.device, "--samples", str(arguments.samples)]
     command += [option for setting in arguments.set for option in ("--set", setting)]
     command += ["--batch", str(arguments.batch)] if arguments.batch else []

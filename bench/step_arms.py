@@ -93,10 +93,15 @@ def run_stage(
     steps = plan.measured_steps(stage)[0]
     tokens = subject.tokens if stage == "select" else subject.tokens[: steps * plan.batches[stage]]
     call = _plain if arm == "plain" else _ours
+    on_gpu = subject.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     run.start()
     call(arm, stage, model, tokens, subject, steps, run, changes)
-    if subject.device == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
+        run.peak_bytes = torch.cuda.max_memory_allocated() - before
     run.finish()
     return run
 

@@ -42,13 +42,15 @@ class Plan:
 class Run:
     """One call of one stage: the loss and the seconds (wall, processor) of every step.
 
-    seconds: of the whole call. hand_over: called between steps, where others have their turn; its time is not counted.
+    seconds: of the whole call. peak_bytes: the most that a GPU's allocator held above the loaded weights, None on a CPU.
+    hand_over: called between steps, where others have their turn; its time is not counted.
     """
 
     hand_over: Callable[[], None] | None = None
     losses: list[float] = field(default_factory=list)
     durations: list[tuple[float, float]] = field(default_factory=list)
     seconds: float = 0.0
+    peak_bytes: int | None = None
     _since: tuple[float, float] = (0.0, 0.0)
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The memory of one run in a process of its own: bench_step.py starts it."""
+"""The memory of one run on a CPU in a process of its own: bench_step.py starts it."""
 
 import contextlib
 import ctypes
@@ -15,22 +15,18 @@ def peak_bytes(arm: str, stages: Iterable[str], subject: Subject, changes: dict[
     """The most bytes that this process holds above the loaded weights while `stages` run."""
     model = subject.fresh()
     with torch.no_grad():
-        model(input_ids=subject.tokens[:1, :1].to(subject.device), use_cache=False)
+        model(input_ids=subject.tokens[:1, :1], use_cache=False)
     # The first optimiser of a process imports much that is nobody's working memory.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
     subject.forget()
     gc.collect()
-    if subject.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError):  # then VmHWM is that of loading, if that was more
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = _resident("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # then VmHWM is that of loading, if that was more
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _resident("VmRSS")
     for stage in stages:
         run_stage(arm, stage, model, subject, changes)
-    return (torch.cuda.max_memory_allocated() if subject.device == "cuda" else _resident("VmHWM")) - before
+    return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:

@@ -344,7 +344,7 @@ def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monk
     save_file({"tokens": torch.randint(256, (64, 128))}, tokens)
     monkeypatch.setattr(sys, "argv", ["bench_step.py", "--device", "cpu", "--batch", "16"])
     options = bench_step.parse()
-    whole, small = (bench_step.peak_of("ours", "select", "tiny", tokens, options) for options.batch in (16, 4))
+    whole, small = (bench_step.peak_of("ours", "select", {}, "tiny", tokens, options) for options.batch in (16, 4))
     logits = 16 * 128 * 256 * 4  # bytes in fp32, and their gradients again as many
     assert whole - small > logits
 
