@@ -42,7 +42,7 @@ class Plan:
 class Run:
     """One call of one stage: the loss and the seconds (wall, processor) of every step.
 
-    seconds: of the whole call. peak_bytes: the most that a GPU's allocator held above the loaded weights, None on a CPU.
+    seconds: of the whole call. peak_bytes: what a GPU's allocator held above the weights at most, None on a CPU.
     hand_over: called between steps, where others have their turn; its time is not counted.
     """
 
