@@ -46,7 +46,7 @@ print(re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower().replace("n
 
 # The ops first, slow ones too; the rest of the suite in the time that is left.
 part_tests() {
-    local status=0 pytest=("$PYTHON" -P -m pytest -q -rfE -p no:cacheprovider --tb=short)
+    local status=0 pytest=("$PYTHON" -P -m pytest -v -rfE -p no:cacheprovider --tb=short -W ignore)
     "$PYTHON" -c 'import xdist' 2> /dev/null && pytest+=(-n 8 --dist worksteal)
     export OMP_NUM_THREADS=1
     timeout "$1" "${pytest[@]}" tests/ops tests/models/test_kv_cache.py || status=$?

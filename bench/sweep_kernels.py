@@ -22,6 +22,7 @@ from trsp_fast.kernels import residual_norms
 from trsp_fast.ops import available_backends
 
 CHOSEN = (residual_norms.TILE, residual_norms.WARPS, residual_norms.EVICTION)
+WITHOUT_SUMS = (residual_norms.TILE_WITHOUT_SUMS, residual_norms.WARPS_WITHOUT_SUMS)
 SETTINGS = [
     *itertools.product((2048, 4096, 8192), (4, 8), ("",)),
     *itertools.product((8192, 16384), (16,), ("",)),
@@ -87,8 +88,10 @@ def passes(problem: Problem) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def use(setting: tuple[int, int, str]) -> None:
-    """Every kernel is launched with these constants from now on."""
+    """Every kernel is launched with these constants from now on; those in use differ where there are no sums."""
     residual_norms.TILE, residual_norms.WARPS, residual_norms.EVICTION = setting
+    without = WITHOUT_SUMS if setting == CHOSEN else setting[:2]
+    residual_norms.TILE_WITHOUT_SUMS, residual_norms.WARPS_WITHOUT_SUMS = without
 
 
 def rank(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:

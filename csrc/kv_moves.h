@@ -4,8 +4,8 @@
 // filled from their front.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <initializer_list>
 
 namespace trsp {
 
@@ -24,17 +24,19 @@ struct Filled {
   int64_t batch, length;
 };
 
-// `rows` pieces of `bytes` each, at their strides; source and target do not overlap.
+// `rows` pieces of `bytes` each, at their strides; source and target do not overlap. Nothing where one of them is 0.
 struct Rows {
   const char* from;
   char* to;
   int64_t rows, bytes, from_stride, to_stride;
 };
 
-// Copies the filled rows of a slot to where `to` has them, by copy_rows(Rows). The two must not overlap.
-template <typename CopyRows>
-void copy_slot(const char* from, const SlotShape& from_shape, char* to, const SlotShape& to_shape, const Filled& filled,
-               const CopyRows& copy_rows) {
+using SlotRows = std::array<Rows, 2>;  // K and V
+
+// The filled rows of a slot, from where `from` has them to where `to` does.
+inline SlotRows slot_rows(const char* from, const SlotShape& from_shape, char* to, const SlotShape& to_shape,
+                          const Filled& filled) {
+  SlotRows both;
   for (const bool values : {false, true}) {
     const int64_t token = values ? from_shape.value_bytes : from_shape.key_bytes;
     Rows all{from + (values ? from_shape.keys() : 0), to + (values ? to_shape.keys() : 0),
@@ -44,33 +46,40 @@ void copy_slot(const char* from, const SlotShape& from_shape, char* to, const Sl
       all.bytes *= all.rows;
       all.rows = all.rows ? 1 : 0;
     }
-    if (all.rows && all.bytes) copy_rows(all);
+    both[values] = all;
   }
+  return both;
 }
 
 // Moves slots down to make them neighbours: slots[i], ascending, to slot i. A slot never overlaps another, so nothing is
-// needed beside the slab.
-template <typename CopyRows>
+// needed beside the slab. Each slot by copy(SlotRows), in this order.
+template <typename Copy>
 void compact_slots(char* slab, const int64_t* slots, int64_t count, const SlotShape& shape, const Filled& filled,
-                   const CopyRows& copy_rows) {
+                   const Copy& copy) {
   for (int64_t i = 0; i < count; ++i)
     if (slots[i] != i)
-      copy_slot(slab + slots[i] * shape.bytes(), shape, slab + i * shape.bytes(), shape, filled, copy_rows);
+      copy(slot_rows(slab + slots[i] * shape.bytes(), shape, slab + i * shape.bytes(), shape, filled));
 }
 
 // Gives `count` neighbouring slots another shape, in place. Growing slots are moved last first and shrinking ones first
-// first, so that no slot is overwritten before it is read; `scratch` holds the filled part of one.
-template <typename CopyRows>
+// first, so that no slot is overwritten before it is read. One that would overlap itself goes through `scratch`, which
+// holds the filled part of one.
+template <typename Copy>
 void regrid_slots(char* slab, char* scratch, int64_t count, const SlotShape& before, const SlotShape& after,
-                  const Filled& filled, const CopyRows& copy_rows) {
+                  const Filled& filled, const Copy& copy) {
   SlotShape tight = before;
   tight.batch = filled.batch;
   tight.length = filled.length;
   const bool grows = after.bytes() >= before.bytes();
   for (int64_t n = 0; n < count; ++n) {
     const int64_t i = grows ? count - 1 - n : n;
-    copy_slot(slab + i * before.bytes(), before, scratch, tight, filled, copy_rows);
-    copy_slot(scratch, tight, slab + i * after.bytes(), after, filled, copy_rows);
+    const int64_t from = i * before.bytes(), to = i * after.bytes();
+    if (to >= from + before.bytes() || from >= to + after.bytes()) {
+      copy(slot_rows(slab + from, before, slab + to, after, filled));
+      continue;
+    }
+    copy(slot_rows(slab + from, before, scratch, tight, filled));
+    copy(slot_rows(scratch, tight, slab + to, after, filled));
   }
 }
 

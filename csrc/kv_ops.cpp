@@ -13,6 +13,7 @@ namespace {
 // Rows are cut into chunks, so that a few long ones and many short ones both feed all threads; less than a chunk is not
 // worth another thread.
 void copy_rows(const Rows& all) {
+  if (all.rows == 0 || all.bytes == 0) return;
   constexpr int64_t kChunk = 256 << 10;
   const int64_t chunk = std::min(all.bytes, kChunk), chunks = (all.bytes + chunk - 1) / chunk;
   at::parallel_for(0, all.rows * chunks, std::max<int64_t>(1, kChunk / chunk), [&](int64_t begin, int64_t end) {
@@ -24,13 +25,17 @@ void copy_rows(const Rows& all) {
   });
 }
 
+void copy(const SlotRows& both) {
+  for (const Rows& rows : both) copy_rows(rows);
+}
+
 void compact_cpu(const Tensor& slab, at::IntArrayRef slots, at::IntArrayRef sizes, at::IntArrayRef filled) {
-  compact(slab, slots, sizes, filled, copy_rows);
+  compact(slab, slots, sizes, filled, [](auto... what) { compact_slots(what..., copy); });
 }
 
 void regrid_cpu(const Tensor& slab, const Tensor& scratch, int64_t count, at::IntArrayRef before,
                 at::IntArrayRef after, at::IntArrayRef filled) {
-  regrid(slab, scratch, count, before, after, filled, copy_rows);
+  regrid(slab, scratch, count, before, after, filled, copy);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The ops on a KV slab, kv_compact_ and kv_regrid_: their checks, and their moves by whatever copies rows on a device.
+// The ops on a KV slab, kv_compact_ and kv_regrid_: their checks, and their moves by whatever copies on a device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,22 +38,22 @@ inline void check_slab(const Tensor& slab, int64_t slots, const SlotShape& shape
                     " bytes do not fit into a slab of ", bytes);
 }
 
-template <typename CopyRows>
+// `move` is compact_slots with what copies on the slab's device.
+template <typename Move>
 void compact(const Tensor& slab, at::IntArrayRef slots, at::IntArrayRef sizes, at::IntArrayRef filled_,
-             const CopyRows& copy_rows) {
+             const Move& move) {
   const SlotShape shape = slot_shape(sizes, slab, "sizes");
   const Filled filled = filled_part(filled_, shape);
   for (size_t i = 0; i < slots.size(); ++i)
     TORCH_CHECK_VALUE(slots[i] >= static_cast<int64_t>(i) && (i == 0 || slots[i] > slots[i - 1]),
                       "the slots to keep must ascend, got ", slots);
   check_slab(slab, slots.empty() ? 0 : slots.back() + 1, shape);
-  compact_slots(static_cast<char*>(slab.mutable_data_ptr()), slots.data(), static_cast<int64_t>(slots.size()), shape,
-                filled, copy_rows);
+  move(static_cast<char*>(slab.mutable_data_ptr()), slots.data(), static_cast<int64_t>(slots.size()), shape, filled);
 }
 
-template <typename CopyRows>
+template <typename Copy>
 void regrid(const Tensor& slab, const Tensor& scratch, int64_t count, at::IntArrayRef before_, at::IntArrayRef after_,
-            at::IntArrayRef filled_, const CopyRows& copy_rows) {
+            at::IntArrayRef filled_, const Copy& copy) {
   const SlotShape before = slot_shape(before_, slab, "before"), after = slot_shape(after_, slab, "after");
   TORCH_CHECK_VALUE(before.heads == after.heads && before.key_bytes == after.key_bytes &&
                         before.value_bytes == after.value_bytes,
@@ -71,7 +71,7 @@ void regrid(const Tensor& slab, const Tensor& scratch, int64_t count, at::IntArr
   TORCH_CHECK_VALUE(static_cast<int64_t>(scratch.nbytes()) >= tight.bytes(), "the scratch must hold ", tight.bytes(),
                     " bytes, got ", scratch.nbytes());
   regrid_slots(static_cast<char*>(slab.mutable_data_ptr()), static_cast<char*>(scratch.mutable_data_ptr()), count,
-               before, after, filled, copy_rows);
+               before, after, filled, copy);
 }
 
 }  // namespace trsp

@@ -90,8 +90,9 @@ def train(
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    rising = min(WARMUP, total // 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (total - step) / (total - WARMUP))
+        optimizer, lambda step: min((step + 1) / max(1, rising), (total - step) / (total - rising))
     )
     window = torch.arange(CONTEXT)
     losses, began = [], time.perf_counter()

@@ -86,7 +86,7 @@ def forward(
     x: Tensor | None, out: Tensor, gate: Tensor, token_mask: Tensor | None, y: Tensor, *, residual: bool, norms: bool
 ) -> tuple[Tensor, ...]:
     """Fills y; gives l1 and l2, fp32 [G], or nothing. Tensors are contiguous, the mask is uint8; x None: not read."""
-    sizes = tiling(out, token_mask is not None)
+    sizes = tiling(out, token_mask is not None, sums=norms)
     partials = out.new_empty((2, out.shape[0], sizes["tiles"]), dtype=torch.float32) if norms else None
     forward_kernel[(out.shape[0] * sizes["tiles"],)](
         x, out, gate, token_mask, y, partials, stride(gate), RESIDUAL=residual, **sizes
@@ -99,7 +99,7 @@ def backward(
     c1: Tensor | None, c2: Tensor | None, dx: Tensor | None, dout: Tensor | None, *, residual: bool, need_dgate: bool
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Fills the gradients that are not None; gives the gate's gradient, fp32 of the gate's shape, or nothing."""
-    sizes = tiling(dy, token_mask is not None)
+    sizes = tiling(dy, token_mask is not None, sums=need_dgate)
     partials = dy.new_empty((1, dy.shape[0], sizes["tiles"]), dtype=torch.float32) if need_dgate else None
     backward_kernel[(dy.shape[0] * sizes["tiles"],)](
         dy, x, out, gate, token_mask, c1, c2, dx, dout, partials, stride(gate), stride(c1), stride(c2),

@@ -8,10 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 # 4096 elements by 256 threads: two 16-byte loads per thread and bf16 tensor. The tile, not the program or the number of
-# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Other values of the
-# three have not been measured: that is for bench/sweep_kernels.py on a GPU.
+# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Of the settings of
+# bench/sweep_kernels.py this one was the fastest on an H200 but for `evict_last`, by 1% (bench/results), which would keep
+# what is read in the cache instead of what the next layer reads. Kernels without sums are 4% faster by smaller tiles.
 TILE = 4096
 WARPS = 8
+TILE_WITHOUT_SUMS = 2048
+WARPS_WITHOUT_SUMS = 4
+# Partials that are added at once, and warps: one program adds a sequence, and the more it loads at once, the less often
+# it waits. 2048 partials stand for 8 Mi elements, 8192 for 32 Mi.
+SECOND_STAGES = ((2048, 8), (8192, 32))
 EVICTION = ""  # of the hidden states that are read: "" leaves it to the cache
 
 
@@ -124,7 +130,7 @@ def backward_kernel(
         tl.store(dout_ptr + first + offsets, p.to(dout_ptr.dtype.element_ty), mask=inside)
 
 
-def tiling(like: Tensor, masked: bool) -> dict[str, Any]:
+def tiling(like: Tensor, masked: bool, *, sums: bool = True) -> dict[str, Any]:
     """How the sequences of `like` are cut into tiles: the size arguments and constants that every kernel takes.
 
     Without a mask a sequence is one long row, so any hidden size is read by full vectors. With one, a tile is whole
@@ -132,25 +138,24 @@ def tiling(like: Tensor, masked: bool) -> dict[str, Any]:
     """
     sequences, hidden = like.shape[0], like.shape[-1]
     length = like.numel() // sequences
+    elements, warps = (TILE, WARPS) if sums else (TILE_WITHOUT_SUMS, WARPS_WITHOUT_SUMS)
     if not masked:
-        tokens, hidden, height, width = 1, length, 1, TILE
+        tokens, hidden, height, width = 1, length, 1, elements
     else:
         tokens, divisor = length // hidden, hidden & -hidden
-        width = min(divisor, TILE) if divisor >= 128 else min(triton.next_power_of_2(hidden), 512)
-        height = TILE // width
+        width = min(divisor, elements) if divisor >= 128 else min(triton.next_power_of_2(hidden), 512)
+        height = elements // width
     columns = triton.cdiv(hidden, width)
     return {"tokens": tokens, "hidden": hidden, "tiles": triton.cdiv(tokens, height) * columns,
             "column_tiles": columns, "BLOCK_T": height, "BLOCK_H": width,
-            "EVICTION": EVICTION, "num_warps": WARPS}  # fmt: skip
+            "EVICTION": EVICTION, "num_warps": warps}  # fmt: skip
 
 
 def sum_tiles(partials: Tensor) -> tuple[Tensor, ...]:
     """[quantities, G, tiles] -> one fp32 [G] per quantity (one or two)."""
     quantities, sequences, tiles = partials.shape
     sums = tuple(partials.new_empty(sequences) for _ in range(quantities))
-    # One program adds a sequence: the more partials it loads at once, the less often it waits. 2048 of them stand for
-    # 8 Mi elements, 8192 for 32 Mi.
-    block, warps = (2048, 8) if tiles <= 2048 else (8192, 32)
+    block, warps = SECOND_STAGES[tiles > SECOND_STAGES[0][0]]
     sum_tiles_kernel[(sequences,)](
         partials, sums[0], sums[1] if quantities == 2 else None, tiles, BLOCK=block, num_warps=warps
     )
@@ -176,7 +181,7 @@ def backward(
     dx: Tensor | None, dout: Tensor | None
 ) -> None:  # fmt: skip
     """Fills the gradients that are not None; c1 and c2 are fp32 [G] of any stride, the gradients of l1 and l2."""
-    sizes = tiling(x, token_mask is not None)
+    sizes = tiling(x, token_mask is not None, sums=False)
     backward_kernel[(x.shape[0] * sizes["tiles"],)](
         x, out, token_mask, c1, c2, dx, dout, stride(c1), stride(c2), **sizes
     )

@@ -32,6 +32,7 @@ from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.gathering import own_rows
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import State, fitting
@@ -127,7 +128,8 @@ def transfer(
             while run.done < run.steps:
                 _step(run)
                 run.done += 1
-                session.keeper.after_step(lambda: _state(run), always=run.done == run.steps)
+                last = run.done == run.steps
+                session.keeper.after_step(lambda: _state(run), last=last, size=_state_bytes(run))
             run.readback.flush()
     finally:
         for parameter, flag in flags:
@@ -257,7 +259,8 @@ def _resume(run: _Training) -> None:
     run.done, run.history = state.step, state.values["history"]
     run.streak.count, run.session.micro_batch = state.values["streak"], state.values["micro_batch"]
     optimizer = {n.removeprefix("optimizer."): t for n, t in state.tensors.items() if n.startswith("optimizer.")}
-    load_optimizer_state(run.optimizer, run.weights, optimizer)
+    if optimizer:  # the state after the last step has none
+        load_optimizer_state(run.optimizer, run.weights, optimizer)
     with torch.no_grad():
         for name, parameter in run.weights.items():
             parameter.copy_(fitting(state.tensors, f"weight.{name}", parameter))
@@ -268,8 +271,15 @@ def _state(run: _Training) -> State:
     run.readback.flush()
     values = {"history": run.history, "streak": run.streak.count, "micro_batch": run.session.micro_batch}
     tensors: dict[str, Tensor] = {f"weight.{name}": parameter for name, parameter in run.weights.items()}
-    found = optimizer_state(run.optimizer, run.weights)
+    found = optimizer_state(run.optimizer, run.weights) if run.done < run.steps else {}
     return State("transfer", run.done, values, tensors | {f"optimizer.{name}": value for name, value in found.items()})
+
+
+def _state_bytes(run: _Training) -> int:
+    """Of the trained weights, and before the last step of the optimiser's state."""
+    own = [own_rows(parameter) for parameter in run.weights.values()]
+    moments = STATE_BYTES[run.settings.optimizer] if run.done < run.steps else 0.0
+    return round(sum(rows.nbytes + moments * rows.numel() for rows in own))
 
 
 def _step(run: _Training) -> None:

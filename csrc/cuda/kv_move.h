@@ -1,4 +1,4 @@
-// The one CUDA kernel of trsp_fast: it copies rows of a KV slab. No torch here.
+// The CUDA kernels of trsp_fast: they move the slots of a KV slab. No torch here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,12 @@
 
 namespace trsp {
 
-// Queues the copy on `stream` of the current device; gives cudaGetLastError().
-cudaError_t copy_rows_on_gpu(const Rows& rows, cudaStream_t stream);
+// Both queue their work on `stream` of the current device and give cudaGetLastError().
+
+cudaError_t copy_on_gpu(const SlotRows& both, cudaStream_t stream);
+
+// What compact_slots does, in one launch for 512 slots: a thread takes its piece of the first slot through all of them.
+cudaError_t compact_on_gpu(char* slab, const int64_t* slots, int64_t count, const SlotShape& shape,
+                           const Filled& filled, cudaStream_t stream);
 
 }  // namespace trsp

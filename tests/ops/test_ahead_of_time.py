@@ -61,7 +61,9 @@ def compile_variant(kernel, given, residual, capability, *, specialised=True):
 
     from trsp_fast.kernels import residual_norms
 
-    constants = {"BLOCK_T": 1, "BLOCK_H": residual_norms.TILE, "EVICTION": residual_norms.EVICTION}
+    sums = "partials" in given
+    tile = residual_norms.TILE if sums else residual_norms.TILE_WITHOUT_SUMS
+    constants = {"BLOCK_T": 1, "BLOCK_H": tile, "EVICTION": residual_norms.EVICTION}
     constants |= {"RESIDUAL": residual} | ({} if "mask" in given else {"tokens": 1})
     signature, chosen, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -75,10 +77,11 @@ def compile_variant(kernel, given, residual, capability, *, specialised=True):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, chosen, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": residual_norms.WARPS}).asm
+    warps = residual_norms.WARPS if sums else residual_norms.WARPS_WITHOUT_SUMS
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm, warps
 
 
-def compile_second_stage(capability):
+def compile_second_stage(capability, block, warps):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -87,8 +90,8 @@ def compile_second_stage(capability):
 
     signature = dict.fromkeys(("partials_ptr", "first_ptr", "second_ptr"), "*fp32")
     signature |= {"tiles": "i32", "BLOCK": "constexpr"}
-    source = ASTSource(sum_tiles_kernel, signature, {(4,): 2048}, {})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm
+    source = ASTSource(sum_tiles_kernel, signature, {(4,): block}, {})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm
 
 
 def accesses(ptx):
@@ -117,16 +120,18 @@ def audit():
     from trsp_fast.kernels import gated_residual, residual_norms
 
     modules = {"gated_residual": gated_residual, "residual_norms": residual_norms}
-    report = {"second stage": {}, CONTROL: {}}
+    report = {CONTROL: {}}
     for capability in CAPABILITIES:
         for path, variants in KERNELS.items():
             module, name = path.split(".")
             for variant, (given, residual, _) in variants.items():
-                asm = compile_variant(getattr(modules[module], name), given.split(), residual, capability)
+                asm, warps = compile_variant(getattr(modules[module], name), given.split(), residual, capability)
                 row = report.setdefault(f"{path}: {variant}", {})
-                row[capability] = accesses(asm["ptx"]) | resources(asm["cubin"])
-        report["second stage"][capability] = resources(compile_second_stage(capability)["cubin"])
-        loose = compile_variant(gated_residual.forward_kernel, ["out", "y"], False, capability, specialised=False)
+                row[capability] = accesses(asm["ptx"]) | resources(asm["cubin"]) | {"threads": 32 * warps}
+        for block, warps in residual_norms.SECOND_STAGES:
+            row = report.setdefault(f"second stage, {block} at once", {})
+            row[capability] = resources(compile_second_stage(capability, block, warps)["cubin"])
+        loose, _ = compile_variant(gated_residual.forward_kernel, ["out", "y"], False, capability, specialised=False)
         report[CONTROL][capability] = accesses(loose["ptx"])
     return report
 
@@ -185,8 +190,8 @@ def test_enough_loads_are_in_flight(report, capability):
         found = row[str(capability)]
         if "ld" not in found or "registers" not in found:
             continue
-        programs = min(2048 // 256, 65536 // (256 * found["registers"]))
-        in_flight = programs * 256 * sum(size for size in found["ld"] if size >= 16)
+        programs = min(2048 // found["threads"], 65536 // (found["threads"] * found["registers"]))
+        in_flight = programs * found["threads"] * sum(size for size in found["ld"] if size >= 16)
         assert in_flight >= 40 * 1024, (name, found)
 
 

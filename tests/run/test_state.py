@@ -97,7 +97,7 @@ def test_the_keeper_saves_every_so_many_steps_and_finds_what_it_saved(tmp_path):
 
     keeper.base = {"weight": torch.ones(2)}
     for step in range(1, 6):
-        keeper.after_step(lambda step=step: make(step), always=step == 5)
+        keeper.after_step(lambda step=step: make(step), last=step == 5)
     assert made == [2, 4, 5]
     again = Keeper(StateStore(tmp_path))
     assert torch.equal(again.base["weight"], torch.ones(2))

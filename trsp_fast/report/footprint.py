@@ -65,12 +65,14 @@ def busy_seconds(work: Callable[[], None], device: torch.device) -> float | None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize(device)
+    results = profile.profiler.kineto_results if profile.profiler else None
+    # The raw records: tens of thousands of kernels take minutes as the profiler's own events.
     spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in (results.events() if results else ())
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
     ]
-    return covered(spans) / 1e6 or None  # microseconds
+    return covered(spans) / 1e9 or None
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

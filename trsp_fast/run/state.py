@@ -26,6 +26,7 @@ from trsp_fast.run.output import flush_folder, write_durably
 KEPT = 2  # states on disk: the newest, and the one before it in case the newest is damaged
 Loaded = tuple[dict[str, Any], dict[str, Tensor]]  # plain values and tensors
 AUTO_SHARE = 20  # without save_every, saving takes at most one part in so many of a run's time
+DISK_RATE = 5e8  # bytes per second that a state is expected to take where none so large was saved yet
 
 
 @dataclass(frozen=True)
@@ -264,21 +265,30 @@ class Keeper:
         with self.stop.stepping():
             yield
 
-    def after_step(self, make: Callable[[], State], *, always: bool = False) -> None:
-        """Save if it is time, or `always`; then end if that is wanted.
+    def after_step(self, make: Callable[[], State], *, last: bool = False, size: int = 0) -> None:
+        """Save if it is time; then end if that is wanted.
+
+        Args:
+            last: of a round or a stage. It is saved too, but where saving takes longer than doing its steps again.
+            size: bytes of the state, where they are many.
 
         Raises:
             Interrupted: after the state was saved.
         """
         self._steps += 1
-        due = self._steps >= self.every if self.every else time.monotonic() - self._since > AUTO_SHARE * self._cost
-        wish, time_to_save = self._highest(self.stop.code, int(due and self.store is not None))
-        if self.store and (always or time_to_save or wish):
+        wish, time_to_save = self._highest(self.stop.code, int(self.store is not None and self._due(last, size)))
+        if self.store and (time_to_save or wish):
             self._save(make())
         if wish:
             if self.store:
                 raise Interrupted(wish)
             raise KeyboardInterrupt if wish == 130 else SystemExit(wish)
+
+    def _due(self, last: bool, size: int) -> bool:
+        if self.every:
+            return last or self._steps >= self.every
+        passed, cost = time.monotonic() - self._since, size / DISK_RATE
+        return passed > AUTO_SHARE * max(self._cost, cost) or (last and passed >= cost)
 
     def discard(self) -> None:
         """Remove what is left of the states where the finished output is on another machine's disk."""

@@ -18,6 +18,7 @@ from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.models.gates import LayerGates
+from trsp_fast.models.gathering import own_rows
 from trsp_fast.models.offload import streamed_bytes
 from trsp_fast.models.prefix import PrefixStates
 from trsp_fast.run.state import State, fitting
@@ -116,6 +117,11 @@ def state_of(learning: Learning) -> State:
     return State("select", learning.index * learning.steps + learning.done, values, _tensors(learning))
 
 
+def state_bytes(learning: Learning) -> int:
+    """Of the trained weights and their two moments; nothing else is large."""
+    return sum(3 * own_rows(parameter).nbytes for parameter in learning.weights.values())
+
+
 def _tensors(learning: Learning) -> dict[str, Tensor]:
     tensors = {"gates": learning.gates.values, "curvature": learning.curvature, "counted": learning.counted}
     tensors |= {f"weight.{name}": parameter for name, parameter in learning.weights.items()}
@@ -148,7 +154,7 @@ def learn_round(learning: Learning) -> None:
         _learn_step(learning)
         learning.done += 1
         if learning.done < learning.steps:  # after the last one the choice is next, then the round is saved
-            learning.session.keeper.after_step(lambda: state_of(learning))
+            learning.session.keeper.after_step(lambda: state_of(learning), size=state_bytes(learning))
     learning.readback.flush()
 
 

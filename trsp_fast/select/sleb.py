@@ -147,5 +147,5 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             entry = {"round": index, "layer": chosen[-1], "losses": judged.losses}
             history.append(entry)
             session.events.emit("round", **entry)
-            session.keeper.after_step(save, always=True)
+            session.keeper.after_step(save, last=True)
     return Selection(chosen, history, math.ceil(cost), history)

@@ -22,7 +22,7 @@ from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.select.contract import Selection, candidates
-from trsp_fast.select.gate_learning import Learning, begin_or_resume, by_layer, learn_round, plan_of, state_of
+from trsp_fast.select.gate_learning import Learning, begin_or_resume, by_layer, learn_round, plan_of, state_bytes, state_of
 from trsp_fast.select.sleb import judge_layers
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
@@ -81,7 +81,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         while (missing := count - len(learning.chosen)) > 0:
             learn_round(learning)
             _remove(learning, _lowest(learning, missing if settings.schedule == "oneshot" else 1))
-            session.keeper.after_step(lambda: state_of(learning), always=True)
+            session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
         if settings.train_weights:
             _discard_gates(learning)
     return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
