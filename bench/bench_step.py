@@ -36,7 +36,6 @@ from transformers.utils import logging
 
 from trsp_fast.config import merge, parse_setting
 
-PARTS = (*STAGES, "whole")
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}  # the arms' threads allocate as a program of one thread does
 
 
@@ -72,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help=f"of demo, {', '.join(SHAPES)}; default: demo on a CPU, 1B,7B on a GPU")
     parser.add_argument("--arms", default="plain,ours", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--pairs", type=int, default=3, help="how often the arms run in turn")
     parser.add_argument("--steps", type=int, help="most steps to run of a stage; default: all on a CPU, 24 on a GPU")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
@@ -87,9 +87,10 @@ def parse() -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU, and none is visible.")
     arguments.shapes = (arguments.shapes or ("1B,7B" if arguments.device == "cuda" else "demo")).split(",")
-    arguments.arms = arguments.arms.split(",")
+    arguments.arms, arguments.stages = arguments.arms.split(","), arguments.stages.split(",")
     arguments.steps = arguments.steps or (24 if arguments.device == "cuda" else sys.maxsize)
-    for option, given, known in (("shapes", arguments.shapes, ("demo", *SHAPES)), ("arms", arguments.arms, ARMS)):
+    for option, given, known in (("shapes", arguments.shapes, ("demo", *SHAPES)), ("arms", arguments.arms, ARMS),
+                                 ("stages", arguments.stages, STAGES)):  # fmt: skip
         for value in given:
             if value not in known:
                 parser.error(f"--{option} {value!r}: that is not one of the choices {', '.join(known)}.")
@@ -130,7 +131,7 @@ def rows_of(subject: Subject, tokens: Path, arguments: argparse.Namespace) -> li
         rates.append(matmul_rate(subject.device, subject.dtype))
         # who comes second finds warm caches: the order turns
         arms = arguments.arms if pair % 2 == 0 else arguments.arms[::-1]
-        for stage in STAGES:
+        for stage in arguments.stages:
             for arm, run in one_pair([arm for arm in arms if (arm, stage) not in failed], stage, subject, arguments):
                 if run is None:
                     failed.add((arm, stage))
@@ -140,7 +141,7 @@ def rows_of(subject: Subject, tokens: Path, arguments: argparse.Namespace) -> li
             print(f"{subject.name}: pair {pair + 1}, {stage}", file=sys.stderr, flush=True)
     give_memory_back(subject.device)  # to the processes that measure memory
     rows = []
-    for part in PARTS:
+    for part in (*arguments.stages, *["whole"] * (len(arguments.stages) > 1)):
         agreed = part_agrees(part, runs, arguments.arms, subject.dtype)
         for arm in arguments.arms:
             row = {"model": subject.name, "part": part, "arm": arm, "agree": agreed}
@@ -218,7 +219,10 @@ def timing_row(
 
     counted = sum(sum(plan.counted_steps(stage)) for stage in stages)
     measured = sum(sum(plan.measured_steps(stage)) for stage in stages)
-    flops = sum(stage_flops(sizes, plan, stage, seq, weights=stage == "transfer" or arm != "ours") for stage in stages)
+    flops = sum(
+        stage_flops(sizes, plan, stage, seq, weights=stage == "transfer" or arm in ("plain", "ours-all-weights"))
+        for stage in stages
+    )
     seconds = totals(arm)
     middle = statistics.median(seconds)
     pairs = len(totals("plain")) == len(seconds)

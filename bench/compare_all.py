@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from results_page import RESULTS, write_page
@@ -34,13 +35,22 @@ def run(name: str, arguments: argparse.Namespace) -> None:
         print(f"{name}: {model} or {data} is not there; left out")
         return
     command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
-    command += ["--seeds", arguments.seeds]
     command += ["--num-layers", arguments.num_layers] if arguments.num_layers else ["--ratio", arguments.ratio]
     command += ["--eval-data", other] if other and Path(other).exists() else []
     command += [part for setting in arguments.set for part in ("--set", setting)]
     out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
-    subprocess.run([*command, "--out", str(out), "--resume"], check=True)
-    text = (out / "comparison.json").read_text().replace(str(SHARED), "../shared/data")
+    seeds = arguments.seeds.split(",")
+    shares = [arguments.seeds] if arguments.jobs == 1 else seeds
+    folders = [out if share == arguments.seeds else out.with_name(f"{name}-seed{share}") for share in shares]
+
+    def compare(share: str, folder: Path) -> None:
+        subprocess.run([*command, "--seeds", share, "--out", str(folder), "--resume"], check=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as threads:
+        list(threads.map(compare, shares, folders))
+    merged = [json.loads((folder / "comparison.json").read_text()) for folder in folders]
+    merged[0]["arms"] = [row for values in merged for row in values["arms"]]
+    text = json.dumps(merged[0]).replace(str(SHARED), "../shared/data")
     if name in arguments.folder:
         text = text.replace(json.dumps(model)[1:-1], name)
     values = json.loads(text)
@@ -50,7 +60,8 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     values["command"] = " ".join(["python bench/compare_all.py", *words])
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
-    shutil.rmtree(out)
+    for folder in folders:
+        shutil.rmtree(folder)
     print(target)
 
 
@@ -67,6 +78,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="as of trsp-fast compare")
     parser.add_argument("--suffix", default="", help="of the results file, for another budget of the same subject")
     parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")
+    parser.add_argument("--jobs", type=int, default=1, help="more than 1: every seed in a process, so many at a time")
     parser.add_argument("--page-only", action="store_true", help="write docs/results.md from what is there")
     arguments = parser.parse_args()
     arguments.folder = dict(pair.split("=", 1) for pair in arguments.model)

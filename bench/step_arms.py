@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
             "num_key_value_heads": 40, "vocab_size": 32000},
 }  # fmt: skip
-ARMS = ("plain", "ours", "ours-all-weights")
+ARMS = ("plain", "ours", "ours-compiled", "ours-all-weights")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def _ours(
         "seed": plan.seed,
         "data": {"batch": plan.batches[stage]},
         "select": {"steps_per_round": steps, "train_weights": arm == "ours-all-weights"},
+        "run": {"compile": arm == "ours-compiled"},
     }
     config = TRSPConfig.from_preset("paper", **merge(recipe, changes))
     if stage == "select":

@@ -20,5 +20,7 @@ def test_the_kernels_compile_without_spills(tmp_path, capability):
     done = subprocess.run([*command, "-o", tmp_path / "kv_move.o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    assert said.count("0 bytes spill stores, 0 bytes spill loads") == 16  # two kernels, four widths of access, two of the index
+    assert (
+        said.count("0 bytes spill stores, 0 bytes spill loads") == 16
+    )  # two kernels, four widths of access, two of the index
     assert "warning" not in said

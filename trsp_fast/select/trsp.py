@@ -22,7 +22,15 @@ from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.select.contract import Selection, candidates
-from trsp_fast.select.gate_learning import Learning, begin_or_resume, by_layer, learn_round, plan_of, state_bytes, state_of
+from trsp_fast.select.gate_learning import (
+    Learning,
+    begin_or_resume,
+    by_layer,
+    learn_round,
+    plan_of,
+    state_bytes,
+    state_of,
+)
 from trsp_fast.select.sleb import judge_layers
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
