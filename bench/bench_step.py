@@ -219,10 +219,8 @@ def timing_row(
 
     counted = sum(sum(plan.counted_steps(stage)) for stage in stages)
     measured = sum(sum(plan.measured_steps(stage)) for stage in stages)
-    flops = sum(
-        stage_flops(sizes, plan, stage, seq, weights=stage == "transfer" or arm in ("plain", "ours-all-weights"))
-        for stage in stages
-    )
+    all_weights = arm in ("plain", "ours-all-weights")
+    flops = sum(stage_flops(sizes, plan, s, seq, weights=s == "transfer" or all_weights) for s in stages)
     seconds = totals(arm)
     middle = statistics.median(seconds)
     pairs = len(totals("plain")) == len(seconds)

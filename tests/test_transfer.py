@@ -135,7 +135,7 @@ def test_stored_states_are_the_untouched_model(llama, tokens, trainable, monkeyp
     stored = transfer(
         llama, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
     )
-    monkeypatch.setattr("trsp_fast.engine.session.STATES_SHARE", 1 << 60)
+    monkeypatch.setattr("trsp_fast.engine.session.STATES_SHARE", {"cpu": 1 << 60, "cuda": 1 << 60})
     asked = transfer(
         twin, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
     )

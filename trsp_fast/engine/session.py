@@ -26,7 +26,7 @@ from trsp_fast.run.state import Keeper
 
 SCARCE = "there is not enough memory for one window; set data.seq_len lower, or use a device with more{}."
 LOGITS_SHARE = 4  # all logits of one window may take one part in so many of the free memory
-STATES_SHARE = 4  # and the untouched model's states one part in so many of the host's
+STATES_SHARE = {"cuda": 16, "cpu": 4}  # and the untouched model's states one part in so many of a place's
 
 
 @dataclass
@@ -98,13 +98,20 @@ class Session:
         def make() -> dict[str, Any]:
             if reason := obstacle(model):
                 return {"stored": False, "reason": reason}
-            needed, free = stored_bytes(model, tokens, points), free_memory(torch.device("cpu"))
-            fit = needed <= free // STATES_SHARE
-            return {"stored": fit, "reason": f"its states take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"}
+            needed, device = stored_bytes(model, tokens, points), next(model.parameters()).device
+            for place in dict.fromkeys((device.type, "cpu")):
+                free = free_memory(device if place == device.type else torch.device(place))
+                reason = f"its states take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free on {place}"
+                if needed <= free // STATES_SHARE.get(place, STATES_SHARE["cuda"]):
+                    return {"stored": True, "place": place, "reason": reason}
+            return {"stored": False, "reason": reason}
 
         decided = self.decide("teacher", make)
         self.events.emit("teacher", **decided)
-        return store_states(model, tokens, points, batch) if decided["stored"] else copied()
+        if not decided["stored"]:
+            return copied()
+        here = decided.get("place", "cpu") == next(model.parameters()).device.type
+        return store_states(model, tokens, points, batch, on_device=here)
 
     @staticmethod
     def _logits_budget(window: Tensor) -> int:

@@ -94,7 +94,7 @@ class UntouchedModel:
 
 @dataclass
 class StoredStates:
-    """The states of all windows in host memory, pinned where the model is on a GPU.
+    """The states of all windows: on the model's device, or in host memory, pinned where the model is on a GPU.
 
     head: a copy that is not trained. before_head: `[samples, seq, hidden]`. inputs: by layer, as in `Targets`.
     """
@@ -111,8 +111,16 @@ class StoredStates:
         self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
 
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        device = tokens.device
+        indices = rows.to(self.before_head.device)
+
         def there(stored: Tensor) -> Tensor:
-            return stored[rows].to(tokens.device, non_blocking=True)
+            if stored.device == device:
+                return stored[indices]
+            chosen = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, device=device)
+            for row, index in enumerate(indices.tolist()):  # from pinned memory: no copy waits for the device
+                chosen[row].copy_(stored[index], non_blocking=True)
+            return chosen
 
         return Targets(there(self.before_head), None, {point: there(t) for point, t in self.inputs.items()})
 
@@ -125,23 +133,33 @@ def stored_bytes(model: PreTrainedModel, tokens: Tensor, points: Sequence[int]) 
 
 
 @torch.no_grad()
-def store_states(model: PreTrainedModel, tokens: Tensor, points: Sequence[int], batch: int) -> StoredStates:
-    """What the model, which has a plain head and is not trained yet, makes of every window; `batch` windows a pass."""
+def store_states(
+    model: PreTrainedModel, tokens: Tensor, points: Sequence[int], batch: int, *, on_device: bool
+) -> StoredStates:
+    """What the model, which has a plain head and is not trained yet, makes of every window; `batch` windows a pass.
+
+    `on_device`: kept on the model's device, else in host memory.
+    """
     head, device = output_head(model), next(model.parameters()).device
     own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta", dtype=head.weight.dtype)
     own.load_state_dict({name: tensor.detach().clone() for name, tensor in head.state_dict().items()}, assign=True)
-    before_head: list[Tensor] = []
-    inputs: dict[int, list[Tensor]] = {point: [] for point in points}
+    whole: dict[int | None, Tensor] = {}  # None: before the head
+
+    def keep(point: int | None, states: Tensor, first: int) -> None:
+        if point not in whole:
+            place = device if on_device else torch.device("cpu")
+            pinned = device.type == "cuda" and not on_device
+            shape = (len(tokens), *states.shape[1:])
+            whole[point] = torch.empty(shape, dtype=states.dtype, device=place, pin_memory=pinned)
+        whole[point][first : first + len(states)].copy_(states)
+
     with InputTap(model, points) as tap:
-        for part in tokens.split(batch):
-            before_head.append(hidden_states(model, part.to(device)).cpu())
+        for first in range(0, len(tokens), batch):
+            keep(None, hidden_states(model, tokens[first : first + batch].to(device)), first)
             for point in points:
-                inputs[point].append(tap.taken[point].cpu())
-    whole = {point: torch.cat(parts) for point, parts in inputs.items()}
-    states = torch.cat(before_head)
-    if device.type == "cuda":
-        states, whole = states.pin_memory(), {point: t.pin_memory() for point, t in whole.items()}
-    return StoredStates(own.requires_grad_(False), states, whole)
+                keep(point, tap.taken[point], first)
+    states = whole.pop(None)
+    return StoredStates(own.requires_grad_(False), states, {point: whole[point] for point in points})
 
 
 def hidden_distance(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
