@@ -57,6 +57,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     words = sys.argv[1:]
     if "--out" in words:  # where it waited for its end says nothing
         del words[words.index("--out") : words.index("--out") + 2]
+    words = [word.partition("=")[0] if word.partition("=")[0] in arguments.folder else word for word in words]
     values["command"] = " ".join(["python bench/compare_all.py", *words])
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")

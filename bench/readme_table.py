@@ -87,18 +87,36 @@ def steps() -> str:
         "| machine, model | settings | part | plain port, a step | ours | times as fast | memory, plain | ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for file in sorted(RESULTS.glob("step_*.json")):
+    for file in sorted(RESULTS.glob("step_*.json"), key=lambda file: "cpu" in file.name):
         content = json.loads(file.read_text())
         rows = {(row["model"], row["part"], row["arm"]): row for row in content["rows"]}
         for (model, part, arm), ours in rows.items():
             plain = rows.get((model, part, "plain"))
-            if arm == "ours" and plain is not None and plain["step_ms"] and ours["step_ms"]:
-                settings = ", ".join(f"`{text}`" for text in content["settings"])
+            if arm.startswith("ours") and plain is not None and plain["step_ms"] and ours["step_ms"]:
+                chosen = [*content["settings"], *["run.compile=true"] * (arm == "ours-compiled")]
+                settings = ", ".join(f"`{text}`" for text in chosen)
                 cells = [f"{content['machine']['device']}, {model}", settings, names[part]]
                 cells += [f"{plain['step_ms']:.0f} ms", f"{ours['step_ms']:.0f} ms"]
                 cells.append(f"{ours['ratio']:.2f}" if ours["ratio"] else "differ")
                 cells += [f"{row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] else "-" for row in (plain, ours)]
                 lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speeds() -> str:
+    """The paper's table 2: models without layers beside the whole one."""
+    lines = [
+        "| machine | model | layers | generating | times as fast | reading the prompt | times as fast | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("speed_*.json")):
+        for run in json.loads(file.read_text())["runs"]:
+            for model in run["models"]:
+                made, read = model["generation"]["dynamic"], model["latency"]
+                cells = [run["machine"]["device"], model["model"].partition(" ")[0], str(model["layers"])]
+                cells += [f"{made['tokens_per_second']:,.0f} tokens/s", f"{made['times_first']:.2f}"]
+                cells += [f"{read['seconds'] * 1e3:.1f} ms", f"{read['times_first']:.2f}"]
+                lines.append("| " + " | ".join([*cells, f"{made['peak_bytes'] / 1e9:.1f} GB"]) + " |")
     return "\n".join(lines)
 
 
@@ -134,7 +152,7 @@ def table(content: dict[str, Any], name: str) -> str:
         if (r["tokens"], r["hidden"]) == (tokens, hidden)
     }
     lines = [
-        f"**{machine['device']}**, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}: {tokens} "
+        f"**{machine['device']}**, torch {machine['torch']}, {machine['date']}, {content['processes']} processes: {tokens} "
         f"tokens x {hidden}, memory {content['memory']} (`bench/results/{name}`)",
         "",
         "| op | dtype | pass | eager | `torch.compile` | ours | x eager | x `torch.compile` | GB/s | of a copy |",
@@ -164,7 +182,7 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 
 
-SECTIONS = {"comparison": comparison, "performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps}
+SECTIONS = {"comparison": comparison, "performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps, "speeds": speeds}
 
 if __name__ == "__main__":
     main()

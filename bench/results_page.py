@@ -22,7 +22,7 @@ mean of the differences to `trsp` on the same seed: above zero `trsp` is better.
 forward passes of one window, a backward pass counting two. The last table says what an arm is. The learning rate is one
 for all arms, so `trsp-paper` has not the published 2e-5, at which weights of so small a model hardly move.
 
-Small models say little about large ones: nothing here was measured on a model above a few million parameters.
+Small models say little about large ones: nothing here was measured on a model above 27 million parameters.
 """
 
 
@@ -69,5 +69,7 @@ def _section(path: Path, values: dict[str, Any]) -> str:
         f"held-out part{other}. torch {versions['torch']}, transformers {versions['transformers']}; "
         f"`{values['command']}` (`bench/results/{path.name}`)."
     )
+    if "note" in values:
+        facts += f" {values['note']}"
     images = "\n".join(f"![{name}](plots/{path.stem}-{name}.svg)" for name in plots(values))
     return f"## {values['model']}\n\n{facts}\n\n{markdown(rows, values['layers'])}\n{images}\n"

@@ -32,7 +32,7 @@ def build(flags, directory):
     """The extension with every loop compiled for one instruction set; the commands are those of the real build."""
     objects = []
     for entry in json.loads(COMMANDS[-1].read_text()):
-        if "_C.dir" not in entry["output"]:
+        if "_C.dir" not in entry["output"] or "cuda" in Path(entry["file"]).parts:
             continue
         command = shlex.split(entry["command"])
         objects.append(directory / f"{Path(entry['file']).stem}.o")
