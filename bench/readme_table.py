@@ -152,8 +152,8 @@ def table(content: dict[str, Any], name: str) -> str:
         if (r["tokens"], r["hidden"]) == (tokens, hidden)
     }
     lines = [
-        f"**{machine['device']}**, torch {machine['torch']}, {machine['date']}, {content['processes']} processes: {tokens} "
-        f"tokens x {hidden}, memory {content['memory']} (`bench/results/{name}`)",
+        f"**{machine['device']}**, torch {machine['torch']}, {machine['date']}, {content['processes']} processes: "
+        f"{tokens} tokens x {hidden}, memory {content['memory']} (`bench/results/{name}`)",
         "",
         "| op | dtype | pass | eager | `torch.compile` | ours | x eager | x `torch.compile` | GB/s | of a copy |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -182,7 +182,14 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
     return "| " + " | ".join([*cells, f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"]) + " |"
 
 
-SECTIONS = {"comparison": comparison, "performance": tables, "surgery": surgery, "kv cache": kv_cache, "steps": steps, "speeds": speeds}
+SECTIONS = {
+    "comparison": comparison,
+    "performance": tables,
+    "surgery": surgery,
+    "kv cache": kv_cache,
+    "steps": steps,
+    "speeds": speeds,
+}
 
 if __name__ == "__main__":
     main()

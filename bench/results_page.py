@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trsp_fast.report.comparison import markdown, summaries
-from trsp_fast.report.plots import quality_by_removed, strips
+from trsp_fast.report.comparison import markdown
+from trsp_fast.report.comparison_page import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -31,9 +31,9 @@ def write_page() -> Path:
     PLOTS.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
     for path in sorted(RESULTS.glob("compare_*.json")):
-        for name, svg in plots(json.loads(path.read_text())).items():
-            target = PLOTS / f"{path.stem}-{name}.svg"
-            target.write_text(svg.replace("currentColor", "#6b7280") + "\n", encoding="utf-8")
+        for plot in plots(json.loads(path.read_text())):
+            target = PLOTS / f"{path.stem}-{plot.name}.svg"
+            target.write_text(plot.svg.replace("currentColor", "#6b7280") + "\n", encoding="utf-8")
     return PAGE
 
 
@@ -49,16 +49,6 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def plots(values: dict[str, Any]) -> dict[str, str]:
-    """SVG by name."""
-    rows, layers = values["arms"], values["layers"]
-    found = summaries(rows)
-    drawn = {"layers": strips(found, layers)}
-    if len({s.removed for s in found if s.removed}) > 1:
-        drawn["quality"] = quality_by_removed(rows, layers)
-    return drawn
-
-
 def _section(path: Path, values: dict[str, Any]) -> str:
     config, rows, versions = values["config"], values["arms"], values["versions"]
     trained = max(row["tokens"] for row in rows)
@@ -71,5 +61,7 @@ def _section(path: Path, values: dict[str, Any]) -> str:
     )
     if "note" in values:
         facts += f" {values['note']}"
-    images = "\n".join(f"![{name}](plots/{path.stem}-{name}.svg)" for name in plots(values))
+    images = "\n\n".join(
+        f"{plot.caption}:\n\n![{plot.name}](plots/{path.stem}-{plot.name}.svg)" for plot in plots(values)
+    )
     return f"## {values['model']}\n\n{facts}\n\n{markdown(rows, values['layers'])}\n{images}\n"

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # 4096 elements by 256 threads: two 16-byte loads per thread and bf16 tensor. The tile, not the program or the number of
-# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Of the settings of
-# bench/sweep_kernels.py this one was the fastest on an H200 (bench/results) but for `evict_last`, by 1%, which would keep
+# multiprocessors, owns a partial sum, so results are the same bits on every GPU and in every run. Of the settings in
+# bench/sweep_kernels.py this was the fastest on an H200 (bench/results) but for `evict_last`, by 1%, which would keep
 # what is read in the cache and not what the next layer reads. Kernels without sums are 4% faster by smaller tiles.
 TILE = 4096
 WARPS = 8

@@ -352,5 +352,5 @@ def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monk
 def test_the_page_of_results_is_in_step():
     assert results_page.PAGE.read_text() == results_page.page()
     for path in results_page.RESULTS.glob("compare_*.json"):
-        for name in results_page.plots(json.loads(path.read_text())):
-            assert (results_page.PLOTS / f"{path.stem}-{name}.svg").exists()
+        for plot in results_page.plots(json.loads(path.read_text())):
+            assert (results_page.PLOTS / f"{path.stem}-{plot.name}.svg").exists()

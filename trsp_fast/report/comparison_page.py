@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
@@ -25,27 +25,33 @@ def write_page(values: dict[str, Any], path: Path) -> None:
         head=table_head(rows),
         rows=table_rows(rows),
         sentences=[_bold(text) for text in sentences(rows, layers)],
-        plots=plots(values),
+        plots=[(plot.caption, Markup(plot.svg)) for plot in plots(values)],
         settings=settings(values),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def plots(values: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """(caption, SVG) of every plot that the numbers allow."""
+class Plot(NamedTuple):
+    """name: unique among the plots of a comparison, of letters, digits, - and _."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+def plots(values: dict[str, Any]) -> list[Plot]:
+    """Every plot that the numbers allow."""
     rows, layers = values["arms"], values["layers"]
     found = summaries(rows)
-    drawn: list[tuple[str, str]] = []
+    drawn: list[Plot] = []
     if len({s.removed for s in found if s.removed}) > 1:
-        drawn.append(
-            (
-                "Quality against the share of layers removed; bars from smallest to largest seed",
-                quality_by_removed(rows, layers),
-            )
-        )
+        caption = "Quality against the share of layers removed; bars from smallest to largest seed"
+        drawn.append(Plot("quality", caption, quality_by_removed(rows, layers)))
     if any(s.removed for s in found):
-        drawn.append(("Quality against the seconds of choosing and training", quality_by_seconds(rows)))
-        drawn.append(("Which layers go, first seed; equal choices are shown once", strips(found, layers)))
+        caption = "Quality against the seconds of choosing and training"
+        drawn.append(Plot("seconds", caption, quality_by_seconds(rows)))
+        caption = "Which layers go, first seed; equal choices are shown once"
+        drawn.append(Plot("layers", caption, strips(found, layers)))
     for key, evidence in values["evidence"].items():
         arm, removed = key.rsplit(" ", 1)
         gone: list[int] = next(
@@ -53,20 +59,12 @@ def plots(values: dict[str, Any]) -> list[tuple[str, Markup]]:
         )
         name = re.sub(r"\W", "-", key)
         if evidence["gates"] and arm in ("trsp", "trsp-paper"):
-            drawn.append(
-                (
-                    f"Gates over the steps of stage 1, {arm}, {removed} layers",
-                    gates_by_step(evidence["gates"], gone, name),
-                )
-            )
+            caption = f"Gates over the steps of stage 1, {arm}, {removed} layers"
+            drawn.append(Plot(f"gates-{name}", caption, gates_by_step(evidence["gates"], gone, name)))
         if arm in ("trsp", "trsp-paper", "lm-then-cut"):
-            drawn.append(
-                (
-                    f"Similarity of each layer's input and output, {arm}, {removed} layers, all on",
-                    similarity_by_layer(evidence["similarity"], gone, name),
-                )
-            )
-    return [(caption, Markup(svg)) for caption, svg in drawn]
+            caption = f"Similarity of each layer's input and output, {arm}, {removed} layers, all on"
+            drawn.append(Plot(f"similarity-{name}", caption, similarity_by_layer(evidence["similarity"], gone, name)))
+    return drawn
 
 
 def _bold(text: str) -> Markup:
