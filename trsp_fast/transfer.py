@@ -87,8 +87,7 @@ def transfer(
 
     Returns:
         One entry per step: step, loss, lm_loss, penalty (lambda2 * sum of D), hidden (weighted too), D by layer (null
-        while bypassed), gate,
-        lambda2, lr, gradient_norm.
+        while bypassed), gate, lambda2, lr, gradient_norm.
 
     Raises:
         Diverged: loss or gradient was not finite in three steps in a row.

@@ -11,12 +11,12 @@ from trsp_fast.report.comparison import REFERENCE, Summary, summaries
 INK = "#010203"  # stands for the colour of the page's text until the SVG is written
 # Distinguishable without red and green; readable on white and on near-black.
 COLOURS = ("#3987c9", "#d9792b", "#7f6fc9", "#1c9c86", "#c95f94", "#9a8b1f", "#6f8fa3", "#b3543f")
-WIDE = 7.0  # inches
+WIDTH = 5.0  # inches: two beside each other on a screen, text of its own size on a phone
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 @contextmanager
-def figure(name: str, width: float = WIDE, height: float = 3.6) -> Iterator[tuple[Any, Any, list[str]]]:
+def figure(name: str, height: float = 3.6) -> Iterator[tuple[Any, Any, list[str]]]:
     """A matplotlib figure, its axes, and a list that holds its SVG text once the block has ended."""
     import matplotlib
     from cycler import cycler
@@ -35,22 +35,22 @@ def figure(name: str, width: float = WIDE, height: float = 3.6) -> Iterator[tupl
     }
     result: list[str] = []
     with matplotlib.rc_context(settings):
-        drawn = Figure(figsize=(width, height), layout="constrained")
+        drawn = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(drawn)
         yield drawn, drawn.add_subplot(), result
         buffer = io.StringIO()
         drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    result.append(_inline(buffer.getvalue(), name, width))
+    result.append(_inline(buffer.getvalue(), name))
 
 
-def _inline(text: str, name: str, width: float) -> str:
+def _inline(text: str, name: str) -> str:
     """The svg element alone, its names unique in a page, as wide as the page allows; its text keeps one size."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    style = f"width: 100%; max-width: {44 * width / 7:.3g}rem"
+    style = f"width: 100%; max-width: {44 * WIDTH / 7:.3g}rem"
     text = re.sub(r'^<svg ([^>]*?)width="[^"]+"', rf'<svg \1role="img" style="{style}"', text)
     text = re.sub(r'^(<svg [^>]*?)height="[^"]+" ', r"\1", text)
     return text.replace(INK, "currentColor")
@@ -66,7 +66,7 @@ def quality_by_removed(rows: Sequence[dict[str, Any]], layers: int) -> str:
             _points(axes, index, arm, share, mine, line=True)
         _dense(axes, found)
         axes.set(xlabel="layers removed, %", ylabel="perplexity", yscale="log")
-        legend(drawn, axes, WIDE)
+        legend(drawn)
     return result[0]
 
 
@@ -79,7 +79,7 @@ def quality_by_seconds(rows: Sequence[dict[str, Any]]) -> str:
             _points(axes, index, arm, [max(s.seconds, 0.1) for s in mine], mine, line=False)
         _dense(axes, found)
         axes.set(xlabel="seconds", ylabel="perplexity", xscale="log", yscale="log")
-        legend(drawn, axes, WIDE)
+        legend(drawn)
     return result[0]
 
 
@@ -109,14 +109,13 @@ def gates_by_step(
     removed: Sequence[int],
     name: str,
     steps: Sequence[int] | None = None,
-    width: float = WIDE,
 ) -> str:
     """Every layer's gate over the steps of stage 1; the removed layers in colour, until they are bypassed.
 
     `steps` counts from 1; all of them by default.
     """
     places = range(1, len(gates) + 1) if steps is None else steps
-    with figure(f"gates-{name}", width) as (drawn, axes, result):
+    with figure(f"gates-{name}") as (drawn, axes, result):
         for layer in range(len(gates[0])):
             values = [step[layer] for step in gates]
             gone = layer in removed
@@ -134,15 +133,13 @@ def gates_by_step(
         axes.set(xlabel="step of stage 1", ylabel="gate")
         whole_steps(axes)
         if removed:
-            legend(drawn, axes, width)
+            legend(drawn)
     return result[0]
 
 
-def similarity_by_layer(
-    similarity: dict[str, Sequence[float | None]], removed: Sequence[int], name: str, width: float = WIDE
-) -> str:
+def similarity_by_layer(similarity: dict[str, Sequence[float | None]], removed: Sequence[int], name: str) -> str:
     """Cosine similarity of each layer's input and output before and after stage 2; removed layers are marked."""
-    with figure(f"similarity-{name}", width, height=3.0) as (drawn, axes, result):
+    with figure(f"similarity-{name}", height=3.0) as (drawn, axes, result):
         for index, (when, values) in enumerate(similarity.items()):
             shown = [float("nan") if v is None else v for v in values]
             axes.plot(range(len(values)), shown, marker=MARKERS[index], color=COLOURS[index], label=when)
@@ -150,7 +147,7 @@ def similarity_by_layer(
             axes.axvspan(layer - 0.4, layer + 0.4, color=INK, alpha=0.08, linewidth=0)
         axes.set(xlabel="layer (shaded: removed)", ylabel="cosine of input and output")
         whole_steps(axes)
-        legend(drawn, axes, width)
+        legend(drawn)
     return result[0]
 
 
@@ -180,12 +177,9 @@ def _dense(axes: Any, found: Sequence[Summary]) -> None:
             axes.axhline(s.perplexity[0], color=INK, linewidth=0.8, linestyle=":", label="dense")
 
 
-def legend(drawn: Any, axes: Any, width: float) -> None:
-    """Beside a wide plot, below one that must also be read on a phone."""
-    if width >= WIDE:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    else:
-        drawn.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1.2)
+def legend(drawn: Any) -> None:
+    """Below the plot, whose width a phone has too."""
+    drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
 
 
 def whole_steps(axes: Any) -> None:

@@ -8,7 +8,6 @@ from markupsafe import Markup
 
 from trsp_fast.report.plots import COLOURS, INK, figure, gates_by_step, legend, similarity_by_layer, whole_steps
 
-WIDTH = 5.0  # inches: two beside each other on a screen, text of its own size on a phone
 PERPLEXITIES = {
     "dense": "as it came",
     "cut": "cut, no stage 2",
@@ -31,14 +30,14 @@ def run_plots(report: dict[str, Any]) -> dict[str, Markup]:
         drawn["perplexity"] = perplexity_bars(report["perplexity"])
     if len(gates) > 1:
         numbers = [entry["step"] + 1 for entry in gates]
-        drawn["gates"] = gates_by_step([entry["gates"] for entry in gates], removed, "run", numbers, WIDTH)
+        drawn["gates"] = gates_by_step([entry["gates"] for entry in gates], removed, "run", numbers)
     if len(steps) > 1:
         drawn["losses"] = losses_by_step(steps)
         if any(_known(_distances(steps, layer)) for layer in removed):
             drawn["distances"] = distances_by_step(steps, removed)
     if similarity:
         drawn["similarity"] = similarity_by_layer(
-            {f"{when} stage 2": values for when, values in similarity.items()}, removed, "run", WIDTH
+            {f"{when} stage 2": values for when, values in similarity.items()}, removed, "run"
         )
     return {name: Markup(svg) for name, svg in drawn.items()}
 
@@ -48,7 +47,7 @@ def perplexity_bars(perplexity: dict[str, float | None]) -> str:
     shown = {PERPLEXITIES[name]: value for name in PERPLEXITIES if (value := perplexity.get(name))}
     values = list(shown.values())
     steep = max(values) > 20 * min(values)
-    with figure("perplexity", WIDTH, height=0.9 + 0.4 * len(shown)) as (_, axes, result):
+    with figure("perplexity", height=0.9 + 0.4 * len(shown)) as (_, axes, result):
         bars = axes.barh(list(shown), values, height=0.6, color=COLOURS[: len(shown)])
         axes.bar_label(bars, [f"{value:,.2f}" for value in values], padding=4, color=INK)
         axes.set(xlabel="perplexity, logarithmic" if steep else "perplexity", xscale="log" if steep else "linear")
@@ -59,20 +58,20 @@ def perplexity_bars(perplexity: dict[str, float | None]) -> str:
 
 def losses_by_step(steps: Sequence[dict[str, Any]]) -> str:
     """The loss of stage 2 and its parts; parts that are nothing throughout are left out."""
-    with figure("losses", WIDTH) as (drawn, axes, result):
+    with figure("losses") as (drawn, axes, result):
         for colour, (name, label) in zip(COLOURS, LOSSES.items(), strict=False):
             values = _numbers([entry.get(name) for entry in steps])
             if any(value > 0 for value in values):
                 axes.plot([entry["step"] + 1 for entry in steps], values, color=colour, label=label, linewidth=1.4)
         axes.set(xlabel="step of stage 2", ylabel="loss", ylim=(0, None))
         whole_steps(axes)
-        legend(drawn, axes, WIDTH)
+        legend(drawn)
     return result[0]
 
 
 def distances_by_step(steps: Sequence[dict[str, Any]], removed: Sequence[int]) -> str:
     """D of each removed layer: how much it still does to its input."""
-    with figure("distances", WIDTH) as (drawn, axes, result):
+    with figure("distances") as (drawn, axes, result):
         for index, layer in enumerate(removed):
             style = ("-", "--", ":")[index // len(COLOURS) % 3]
             axes.plot(
@@ -85,7 +84,7 @@ def distances_by_step(steps: Sequence[dict[str, Any]], removed: Sequence[int]) -
             )
         axes.set(xlabel="step of stage 2", ylabel="D of input and output", ylim=(0, None))
         whole_steps(axes)
-        legend(drawn, axes, WIDTH)
+        legend(drawn)
     return result[0]
 
 
