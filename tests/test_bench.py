@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bench_gated_residual
 import bench_step
+import compare_all
 import op_cases
 import plain_trsp
 import pytest
@@ -354,3 +355,28 @@ def test_the_page_of_results_is_in_step():
     for path in results_page.RESULTS.glob("compare_*.json"):
         for plot in results_page.plots(json.loads(path.read_text())):
             assert (results_page.PLOTS / f"{path.stem}-{plot.name}.svg").exists()
+
+
+def test_seeds_side_by_side_are_one_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_all, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare_all, "write_page", lambda: "page")
+    started = []
+
+    def compare(command, check):
+        out, seeds = (command[command.index(name) + 1] for name in ("--out", "--seeds"))
+        started.append(seeds)
+        Path(out).mkdir(parents=True)
+        rows = [{"arm": "trsp", "seed": int(seed), "model": str(tmp_path)} for seed in seeds.split(",")]
+        (Path(out) / "comparison.json").write_text(json.dumps({"arms": rows, "model": str(tmp_path)}))
+
+    monkeypatch.setattr(compare_all.subprocess, "run", compare)
+    for jobs, calls in (("3", ["0", "1", "2"]), ("1", ["0,1,2"])):
+        started.clear()
+        words = ["--subjects", "", "--model", f"small={tmp_path}", "--jobs", jobs, "--out", str(tmp_path / jobs)]
+        monkeypatch.setattr(sys, "argv", ["compare_all.py", *words])
+        compare_all.main()
+        assert sorted(started) == calls
+        found = json.loads((tmp_path / "compare_small.json").read_text())
+        assert [row["seed"] for row in found["arms"]] == [0, 1, 2]
+        assert found["model"] == "small"
+        assert found["command"].endswith(f"--subjects  --model small --jobs {jobs}")

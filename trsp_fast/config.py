@@ -100,7 +100,8 @@ class DataConfig:
 class RunConfig:
     """How a run executes.
 
-    save_every: save the state after so many steps; 0: as often as takes a twentieth of the time.
+    save_every: save the state after so many steps; 0: as often as takes a twentieth of the time, and at the end of a
+        round or stage where that takes less time than its steps did.
     parallel: `ddp` shares every batch among torchrun's processes, each with a whole model; `fsdp` also divides the
         weights among them; `auto`, where torchrun has started several, is `ddp` if a GPU holds a whole model in both
         stages, else `fsdp`; `none` leaves every process on its own.

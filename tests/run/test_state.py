@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from trsp_fast.errors import Interrupted, UserError
 from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
-from trsp_fast.run.state import Keeper, State, StateStore, Stop
+from trsp_fast.run.state import DISK_RATE, Keeper, State, StateStore, Stop
 
 
 def saved(folder, count=3):
@@ -108,6 +108,30 @@ def test_the_keeper_saves_every_so_many_steps_and_finds_what_it_saved(tmp_path):
     again.remember("selection", {"layers": [1]})
     assert Keeper(StateStore(tmp_path)).facts == {"selection": {"layers": [1]}}
     assert Keeper(StateStore(tmp_path)).found("select") is None
+
+
+def test_a_state_that_costs_more_than_its_steps_is_not_saved(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("trsp_fast.run.state.time.monotonic", lambda: now[0])
+    stop = Stop()
+    keeper = Keeper(StateStore(tmp_path), stop=stop)
+    second = round(DISK_RATE)  # bytes that take as long
+
+    def saves(passed, *, last=False, seconds=1):
+        made = []
+        now[0] += passed
+        keeper.after_step(lambda: made.append(1) or State("transfer", 1), last=last, size=seconds * second)
+        return bool(made)
+
+    assert not saves(19.0)
+    assert saves(2.0)
+    assert not saves(0.5, last=True)
+    assert saves(0.6, last=True)
+    assert not saves(0.1)
+    stop.code = 143
+    with pytest.raises(Interrupted):
+        saves(0.0, seconds=1000)
+    assert Keeper(StateStore(tmp_path)).found("transfer")
 
 
 def test_a_wish_to_end_saves_first(tmp_path):
