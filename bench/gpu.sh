@@ -121,7 +121,8 @@ part_quality() {
     [ -d "$model" ] || timeout "$1" "$PYTHON" examples/train_small_model.py --family llama --layers 16 --width 384 \
         --batch 64 --steps 1000 --out "$model" ${TRAIN:-} || return
     timeout $(($1 - SECONDS)) "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
-        --seeds 0,1,2 --jobs 3 --ratio 0.25 --suffix "_$gpu" ${QUALITY:-} && cp bench/results/compare_llama-16*.json "$OUT"
+        --seeds 0,1,2 --jobs 3 --ratio 0.25 --suffix "_$gpu" ${QUALITY:-} || return
+    [ bench/results -ef "$OUT" ] || cp "bench/results/compare_llama-16_$gpu.json" "$OUT"
 }
 
 # One part with its limit, its output in its own file.
