@@ -35,7 +35,14 @@ def main() -> None:
     config = trsp.TRSPConfig.from_preset("paper", **merge(values, *map(parse_setting, arguments.set)))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         out, began = Path(folder) / "pruned", time.perf_counter()
-        result = trsp.prune(model, tokens, config, out=out, events=Events(say))
+        plans: list[dict[str, Any]] = []
+
+        def listen(kind: str, values: dict[str, Any]) -> None:
+            say(kind, values)
+            if kind == "plan":
+                plans.append(dict(values))
+
+        result = trsp.prune(model, tokens, config, out=out, events=Events(listen))
         seconds = time.perf_counter() - began
         content: dict[str, Any] = {
             "machine": measure.machine(arguments.device),
@@ -48,6 +55,7 @@ def main() -> None:
             "removed_layers": result.removed_layers,
             "weight_bytes": weights,
             "checkpoint_bytes": checkpoint_bytes(out),
+            "plans": plans,
             "peak_bytes": torch.cuda.max_memory_allocated() if arguments.device == "cuda" else None,
             "proven": result.report["proven"],
         }

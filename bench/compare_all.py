@@ -6,6 +6,7 @@ python bench/compare_all.py --page-only
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,10 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     words = sys.argv[1:]
     if "--out" in words:  # where it waited for its end says nothing
         del words[words.index("--out") : words.index("--out") + 2]
-    words = [word.partition("=")[0] if word.partition("=")[0] in arguments.folder else word for word in words]
-    values["command"] = " ".join(["python bench/compare_all.py", *words])
+    command_line = "python bench/compare_all.py " + shlex.join(words)
+    for subject, folder in arguments.folder.items():
+        command_line = command_line.replace(shlex.quote(f"{subject}={folder}"), f"{subject}=FOLDER")
+    values["command"] = command_line
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     for folder in folders:

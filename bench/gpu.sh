@@ -16,12 +16,28 @@ LIMIT=470
 # Until the package is installed, and where it cannot be: it alone, since kernels/ would hide another package.
 alone=$(mktemp -d)
 trap 'rm -rf "$alone"' EXIT
+trap 'kill $(descendants $$) 2> /dev/null; exit 130' INT TERM
 ln -s "$PWD/trsp_fast" "$alone/trsp_fast"
-export PYTHONPATH=$alone
+export PYTHONPATH=$alone${PYTHONPATH:+:$PYTHONPATH}
+
+# Parts run in the background, where Ctrl-C does not reach them.
+descendants() {
+    local child
+    for child in $(pgrep -P "$1"); do
+        descendants "$child"
+        echo "$child"
+    done
+}
+
+# What is left of a part's limit, in $left; fails where that is too little to begin anything.
+time_left() {
+    left=$(($1 - SECONDS))
+    [ $left -ge 5 ] || { echo "no time is left for $2"; return 124; }
+}
 
 # -P: not the repository root on sys.path, where the folder kernels/ would hide another package of that name.
 install() {
-    "$PYTHON" -P -m pip install --quiet --no-build-isolation --no-deps --disable-pip-version-check --editable .
+    time_left "$1" "the build" && timeout $left "$PYTHON" -P -m pip install --quiet --no-build-isolation --no-deps --disable-pip-version-check --editable .
 }
 
 part_build() {
@@ -29,11 +45,11 @@ part_build() {
         export CUDA_HOME
         CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
     fi
-    install && return
+    install "$1" && return
     echo "gpu.sh: no build with the CUDA kernel (messages above); trying without it"
-    TRSP_FAST_CUDA=0 install && return
+    TRSP_FAST_CUDA=0 install "$1" && return
     echo "gpu.sh: no extension could be built (messages above); going on without it, the CPU kernels are not tested"
-    TRSP_FAST_NO_EXTENSIONS=1 install && return
+    TRSP_FAST_NO_EXTENSIONS=1 install "$1" && return
     echo "gpu.sh: nor can the package be installed; using the source tree"
 }
 
@@ -49,10 +65,8 @@ part_tests() {
     "$PYTHON" -c 'import xdist' 2> /dev/null && pytest+=(-n 8 --dist worksteal)
     export OMP_NUM_THREADS=1
     timeout "$1" "${pytest[@]}" tests/ops tests/models/test_kv_cache.py || status=$?
-    if [ $status -ne 124 ] && [ $(($1 - SECONDS)) -gt 20 ]; then
-        timeout $(($1 - SECONDS)) "${pytest[@]}" tests --ignore tests/ops --ignore tests/models/test_kv_cache.py \
-            -m "not slow" || status=$?
-    fi
+    time_left "$1" "the rest of the suite" || return
+    timeout $left "${pytest[@]}" tests --ignore tests/ops --ignore tests/models/test_kv_cache.py -m "not slow" || status=$?
     return $status
 }
 
@@ -93,7 +107,8 @@ part_e2e() {
 part_speed() {
     local shape shapes=() status=0
     for shape in ${SPEED_SHAPES:-opt-13b llama2-13b}; do
-        if timeout $(($1 - SECONDS)) "$PYTHON" -P -m trsp_fast speed --device cuda --shape "$shape" --ratio 0.25,0.5 \
+        time_left "$1" "$shape" || { status=124; break; }
+        if timeout $left "$PYTHON" -P -m trsp_fast speed --device cuda --shape "$shape" --ratio 0.25,0.5 \
             ${SPEED:-} --json > "$OUT/.speed_$shape.json"; then
             shapes+=("$OUT/.speed_$shape.json")
         else
@@ -120,7 +135,8 @@ part_quality() {
     local model="${TMPDIR:-/tmp}/trsp_fast_l16"
     [ -d "$model" ] || timeout "$1" "$PYTHON" examples/train_small_model.py --family llama --layers 16 --width 384 \
         --batch 64 --steps 1000 --out "$model" ${TRAIN:-} || return
-    timeout $(($1 - SECONDS)) "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
+    time_left "$1" "the comparison" || return
+    timeout $left "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
         --seeds 0,1,2 --jobs 3 --ratio 0.25 --suffix "_$gpu" ${QUALITY:-} || return
     [ bench/results -ef "$OUT" ] || cp "bench/results/compare_llama-16_$gpu.json" "$OUT"
 }

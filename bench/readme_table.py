@@ -152,8 +152,8 @@ def table(content: dict[str, Any], name: str) -> str:
         if (r["tokens"], r["hidden"]) == (tokens, hidden)
     }
     lines = [
-        f"**{machine['device']}**, torch {machine['torch']}, {machine['date']}, {content['processes']} processes: "
-        f"{tokens} tokens x {hidden}, memory {content['memory']} (`bench/results/{name}`)",
+        f"**{machine['device']}**, torch {machine['torch']}, {machine['date']}: {tokens} tokens x {hidden}, "
+        f"{count(content['processes'], 'process')}, memory {content['memory']} (`bench/results/{name}`)",
         "",
         "| op | dtype | pass | eager | `torch.compile` | ours | x eager | x `torch.compile` | GB/s | of a copy |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -165,6 +165,10 @@ def table(content: dict[str, Any], name: str) -> str:
                 if found["ours"] is not None:
                     lines.append(line(label, dtype, which, found))
     return "\n".join(lines)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("es" if number != 1 else "")
 
 
 def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | None]) -> str:

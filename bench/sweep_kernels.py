@@ -23,6 +23,7 @@ from trsp_fast.ops import available_backends
 
 CHOSEN = (residual_norms.TILE, residual_norms.WARPS, residual_norms.EVICTION)
 WITHOUT_SUMS = (residual_norms.TILE_WITHOUT_SUMS, residual_norms.WARPS_WITHOUT_SUMS)
+IN_USE = "in use"
 SETTINGS = [
     *itertools.product((2048, 4096, 8192), (4, 8), ("",)),
     *itertools.product((8192, 16384), (16,), ("",)),
@@ -60,7 +61,8 @@ def main() -> None:
     ranking = rank(content["rows"])
     for name, share in ranking:
         print(f"{share:7.4f} of the time of the setting in use   {name}")
-    print("In use:", label(CHOSEN), file=sys.stderr)
+    tile, warps = WITHOUT_SUMS
+    print(f"In use: {label(CHOSEN)}; without sums tile {tile}, {warps} warps", file=sys.stderr)
 
 
 def label(setting: tuple[int, int, str]) -> str:
@@ -75,22 +77,21 @@ def passes(problem: Problem) -> dict[str, dict[str, Callable[[], Any]]]:
 
     def under(setting: tuple[int, int, str], work: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            use(setting)
+            use(setting, setting[:2])
             try:
                 return work()
             finally:
-                use(CHOSEN)
+                use(CHOSEN, WITHOUT_SUMS)
 
         return run
 
     works = {"forward": lambda: function(*inputs), "backward": lambda: problem.backward(outputs, again=True)}
-    return {which: {label(s): under(s, work) for s in SETTINGS} for which, work in works.items()}
+    return {which: {IN_USE: work, **{label(s): under(s, work) for s in SETTINGS}} for which, work in works.items()}
 
 
-def use(setting: tuple[int, int, str]) -> None:
-    """Every kernel is launched with these constants from now on; those in use differ where there are no sums."""
+def use(setting: tuple[int, int, str], without: tuple[int, int]) -> None:
+    """Every kernel is launched with these constants from now on; `without`: tile and warps where no sums are made."""
     residual_norms.TILE, residual_norms.WARPS, residual_norms.EVICTION = setting
-    without = WITHOUT_SUMS if setting == CHOSEN else setting[:2]
     residual_norms.TILE_WITHOUT_SUMS, residual_norms.WARPS_WITHOUT_SUMS = without
 
 
@@ -98,7 +99,7 @@ def rank(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
     """Settings by the geometric mean of their time over that of the setting in use."""
     logs: dict[str, list[float]] = {}
     key = ("case", "tokens", "hidden", "pass")
-    in_use = {tuple(row[k] for k in key): row["median_ms"] for row in rows if row["setting"] == label(CHOSEN)}
+    in_use = {tuple(row[k] for k in key): row["median_ms"] for row in rows if row["setting"] == IN_USE}
     for row in rows:
         share = row["median_ms"] / in_use[tuple(row[k] for k in key)]
         logs.setdefault(row["setting"], []).append(math.log(share))

@@ -171,7 +171,7 @@ def test_every_setting_of_the_sweep_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     settings = {row["setting"] for row in json.loads(file.read_text())["rows"]}
-    assert len(settings) == 10
+    assert len(settings) == 11
     assert len(done.stdout.splitlines()) == len(settings)
     assert any(line.startswith(" 1.0000 of") for line in done.stdout.splitlines())
 
@@ -379,4 +379,4 @@ def test_seeds_side_by_side_are_one_result(tmp_path, monkeypatch):
         found = json.loads((tmp_path / "compare_small.json").read_text())
         assert [row["seed"] for row in found["arms"]] == [0, 1, 2]
         assert found["model"] == "small"
-        assert found["command"].endswith(f"--subjects  --model small --jobs {jobs}")
+        assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs}")

@@ -12,7 +12,8 @@ from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import mean_loss
 from trsp_fast.engine.optimizers import adamw, load_optimizer_state, optimizer_state
-from trsp_fast.engine.session import Session
+from trsp_fast.engine.session import Session, place_of_states
+from trsp_fast.engine.teacher import rows_on
 from trsp_fast.errors import Diverged, Interrupted, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
@@ -135,13 +136,45 @@ def test_stored_states_are_the_untouched_model(llama, tokens, trainable, monkeyp
     stored = transfer(
         llama, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
     )
-    monkeypatch.setattr("trsp_fast.engine.session.STATES_SHARE", {"cpu": 1 << 60, "cuda": 1 << 60})
+    monkeypatch.setattr("trsp_fast.engine.session.HOST_STATES_SHARE", 1 << 60)
     asked = transfer(
         twin, tokens, [2, 5], settings, Events(lambda kind, v: seen.append(v) if kind == "teacher" else None)
     )
     assert [event["stored"] for event in seen] == [True, False]
     for name in ("loss", "hidden", "lm_loss"):
         assert [e[name] for e in stored] == pytest.approx([e[name] for e in asked], rel=2e-5, abs=1e-7)
+
+
+def test_where_the_untouched_models_states_are_kept(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    free = {"cuda": 80, "cpu": 400}
+    monkeypatch.setattr("trsp_fast.engine.session.free_memory", lambda device: free[device.type])
+    assert place_of_states(10, gpu, 0)[0] == "cuda"
+    assert place_of_states(11, gpu, 0)[0] == "cpu"
+    assert place_of_states(10, gpu, 1)[0] == "cpu"
+    assert place_of_states(100, gpu, 0)[0] == "cpu"
+    assert place_of_states(101, gpu, 0)[0] is None
+    assert place_of_states(101, torch.device("cpu"), 0)[0] is None
+    assert place_of_states(100, torch.device("cpu"), 4)[0] is None
+
+
+def test_rows_that_are_copied_one_by_one():
+    stored, rows = torch.randn(5, 3, 2), torch.tensor([3, 0, 3])
+    assert torch.equal(rows_on(stored, rows, torch.device("cpu")), stored[rows])
+
+
+def test_more_steps_than_the_finished_stage_had_begin_with_a_new_optimiser(llama, tokens, tmp_path):
+    notes = []
+
+    def run(epochs):
+        events = Events(lambda kind, values: notes.append(values["text"]) if kind == "note" else None)
+        session = Session(events, keeper=Keeper(StateStore(tmp_path), every=1))
+        return transfer(llama, tokens, [2], config(epochs=epochs), events, session=session)
+
+    steps = len(run(1))
+    assert not notes
+    assert len(run(2)) == 2 * steps
+    assert [note for note in notes if "optimiser was not kept" in note]
 
 
 def test_the_hidden_distance_is_its_definition(llama, tokens):

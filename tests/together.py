@@ -86,7 +86,7 @@ def weighed(name: str, **options) -> tuple[dict, dict]:
     gate_learning._learn_step, transfer._step = select_step, transfer_step
     try:
         with mock.patch(
-            "trsp_fast.engine.session.STATES_SHARE", {"cpu": 1 << 60, "cuda": 1 << 60}
+            "trsp_fast.engine.session.HOST_STATES_SHARE", 1 << 60
         ):  # a second model, as docs/scaling.md counts
             return outcome(pruned(name, **options)), found
     finally:

@@ -219,7 +219,8 @@ def _teacher(
 
     if group.sharded:  # every process would store the states of windows that others will draw
         return copied()
-    return session.teacher(model, tokens, points, INFERENCE_BATCH, copied)
+    coming = bytes_held(model, layers, settings) - sum(p.nbytes for p in (*model.parameters(), *trained.values()))
+    return session.teacher(model, tokens, points, INFERENCE_BATCH, copied, coming=coming)
 
 
 def _gates(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> LayerGates:
@@ -258,8 +259,13 @@ def _resume(run: _Training) -> None:
     run.done, run.history = state.step, state.values["history"]
     run.streak.count, run.session.micro_batch = state.values["streak"], state.values["micro_batch"]
     optimizer = {n.removeprefix("optimizer."): t for n, t in state.tensors.items() if n.startswith("optimizer.")}
-    if optimizer:  # the state after the last step has none
+    if optimizer:
         load_optimizer_state(run.optimizer, run.weights, optimizer)
+    elif run.done < run.steps:
+        run.session.events.note(
+            f"stage 2 had ended after {run.done} steps and its optimiser was not kept: the further ones begin with new "
+            "moments."
+        )
     with torch.no_grad():
         for name, parameter in run.weights.items():
             parameter.copy_(fitting(state.tensors, f"weight.{name}", parameter))

@@ -128,6 +128,11 @@ def test_a_state_that_costs_more_than_its_steps_is_not_saved(tmp_path, monkeypat
     assert not saves(0.5, last=True)
     assert saves(0.6, last=True)
     assert not saves(0.1)
+    keeper._bytes, keeper._cost = second, 0.1  # this disk is ten times as fast
+    assert saves(2.1)
+    keeper._bytes, keeper._cost = second, 10.0  # and this one ten times slower
+    assert not saves(9.0, last=True)
+    assert saves(1.5, last=True)
     stop.code = 143
     with pytest.raises(Interrupted):
         saves(0.0, seconds=1000)

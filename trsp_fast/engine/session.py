@@ -26,7 +26,19 @@ from trsp_fast.run.state import Keeper
 
 SCARCE = "there is not enough memory for one window; set data.seq_len lower, or use a device with more{}."
 LOGITS_SHARE = 4  # all logits of one window may take one part in so many of the free memory
-STATES_SHARE = {"cuda": 16, "cpu": 4}  # and the untouched model's states one part in so many of a place's
+# and the untouched model's states one part in so many: activations need what a GPU has left
+HOST_STATES_SHARE, DEVICE_STATES_SHARE = 4, 8
+
+
+def place_of_states(needed: int, device: torch.device, coming: int) -> tuple[str | None, str]:
+    """Where states of so many bytes are kept, the device's type or cpu, and why; None: nowhere."""
+    reason = ""
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        free = free_memory(place) - (coming if place == device else 0)
+        reason = f"its states take {needed / 1e6:,.0f} MB, {max(0, free) / 1e6:,.0f} MB will be free on {place.type}"
+        if needed <= free // (HOST_STATES_SHARE if place.type == "cpu" else DEVICE_STATES_SHARE):
+            return place.type, reason
+    return None, reason
 
 
 @dataclass
@@ -86,32 +98,35 @@ class Session:
         return Distillation(model, teacher.head, **self.decide("distillation", make))
 
     def teacher(
-        self, model: PreTrainedModel, tokens: Tensor, points: Sequence[int], batch: int, copied: Callable[[], Teacher]
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        points: Sequence[int],
+        batch: int,
+        copied: Callable[[], Teacher],
+        *,
+        coming: int,
     ) -> Teacher:
         """The untouched model, which `model` still is: its states of all windows where they fit, else what `copied` is.
 
         Args:
             points: layers whose inputs are imitated; see `teacher.Targets`.
             batch: windows in one forward pass.
+            coming: bytes that the stage will take on the model's device.
         """
+        device = next(model.parameters()).device
 
         def make() -> dict[str, Any]:
             if reason := obstacle(model):
                 return {"stored": False, "reason": reason}
-            needed, device = stored_bytes(model, tokens, points), next(model.parameters()).device
-            for place in dict.fromkeys((device.type, "cpu")):
-                free = free_memory(device if place == device.type else torch.device(place))
-                reason = f"its states take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free on {place}"
-                if needed <= free // STATES_SHARE.get(place, STATES_SHARE["cuda"]):
-                    return {"stored": True, "place": place, "reason": reason}
-            return {"stored": False, "reason": reason}
+            place, reason = place_of_states(stored_bytes(model, tokens, points), device, coming)
+            return {"stored": place is not None, "place": place, "reason": reason}
 
         decided = self.decide("teacher", make)
         self.events.emit("teacher", **decided)
         if not decided["stored"]:
             return copied()
-        here = decided.get("place", "cpu") == next(model.parameters()).device.type
-        return store_states(model, tokens, points, batch, on_device=here)
+        return store_states(model, tokens, points, batch, on_device=decided.get("place", "cpu") == device.type)
 
     @staticmethod
     def _logits_budget(window: Tensor) -> int:

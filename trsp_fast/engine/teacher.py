@@ -111,18 +111,20 @@ class StoredStates:
         self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
 
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
-        device = tokens.device
         indices = rows.to(self.before_head.device)
 
         def there(stored: Tensor) -> Tensor:
-            if stored.device == device:
-                return stored[indices]
-            chosen = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, device=device)
-            for row, index in enumerate(indices.tolist()):  # from pinned memory: no copy waits for the device
-                chosen[row].copy_(stored[index], non_blocking=True)
-            return chosen
+            return stored[indices] if stored.device == tokens.device else rows_on(stored, indices, tokens.device)
 
         return Targets(there(self.before_head), None, {point: there(t) for point, t in self.inputs.items()})
+
+
+def rows_on(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of pinned host memory on a device; no copy waits for it."""
+    chosen = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, device=device)
+    for row, index in enumerate(rows.tolist()):
+        chosen[row].copy_(stored[index], non_blocking=True)
+    return chosen
 
 
 def stored_bytes(model: PreTrainedModel, tokens: Tensor, points: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ def write_page(values: dict[str, Any], path: Path) -> None:
 
 
 class Plot(NamedTuple):
-    """name: unique among the plots of a comparison, of letters, digits, - and _."""
+    """One plot of a comparison: SVG text, what it shows, and a name of its own of letters, digits, - and _."""
 
     name: str
     caption: str

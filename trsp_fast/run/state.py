@@ -26,7 +26,7 @@ from trsp_fast.run.output import flush_folder, write_durably
 KEPT = 2  # states on disk: the newest, and the one before it in case the newest is damaged
 Loaded = tuple[dict[str, Any], dict[str, Tensor]]  # plain values and tensors
 AUTO_SHARE = 20  # without save_every, saving takes at most one part in so many of a run's time
-DISK_RATE = 5e8  # bytes per second that a state is expected to take where none so large was saved yet
+DISK_RATE = 5e8  # bytes per second that saving is expected to write, until a state of that order was saved
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Keeper:
         self.base: dict[str, Tensor] = {}  # weights as stage 1 left them, where it trained them
         self._found: State | None = None
         self._since = time.monotonic()
-        self._cost = 0.0
+        self._cost, self._bytes = 0.0, 0  # seconds and bytes of the last state
         self._steps = 0
         loaded = share(store.load() if store else None)
         self.resumes = loaded is not None
@@ -269,8 +269,8 @@ class Keeper:
         """Save if it is time; then end if that is wanted.
 
         Args:
-            last: of a round or a stage. It is saved too, but where saving takes longer than doing its steps again.
-            size: bytes of the state, where they are many.
+            last: of a round or a stage. It is saved too, but where saving takes longer than doing the steps again.
+            size: bytes of the stage's tensors, where they are many.
 
         Raises:
             Interrupted: after the state was saved.
@@ -287,8 +287,15 @@ class Keeper:
     def _due(self, last: bool, size: int) -> bool:
         if self.every:
             return last or self._steps >= self.every
-        passed, cost = time.monotonic() - self._since, size / DISK_RATE
-        return passed > AUTO_SHARE * max(self._cost, cost) or (last and passed >= cost)
+        passed, cost = time.monotonic() - self._since, self._expected_cost(size)
+        return passed > AUTO_SHARE * cost or (last and passed >= cost)
+
+    def _expected_cost(self, size: int) -> float:
+        """Seconds to save a state whose stage has tensors of `size` bytes."""
+        size += sum(tensor.nbytes for tensor in self.base.values())
+        if 2 * self._bytes >= size:
+            return self._cost * min(1.0, size / self._bytes) if self._bytes and size else self._cost
+        return size / DISK_RATE
 
     def discard(self) -> None:
         """Remove what is left of the states where the finished output is on another machine's disk."""
@@ -305,3 +312,4 @@ class Keeper:
         self.store.save(values, tensors)
         self._since = time.monotonic()
         self._cost, self._steps = self._since - began, 0
+        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
