@@ -49,7 +49,7 @@ def _named() -> dict[str, Arm]:
     arms = [
         Arm("dense", "nothing removed, nothing trained"),
         Arm("dense-lm", "nothing removed, trained on the same tokens", None, _PLAIN),
-        Arm("trsp", "this configuration", {}, {}),
+        Arm("trsp", "this configuration; by default cut, then distilled from logits and hidden states", {}, {}),
         Arm("trsp-paper", "as published: gates on the output, l2 penalty, all layers on", _paper_choice(), _PAPER),
         Arm("trsp-l1", "as published, with the l1 penalty", _paper_choice(), {**_PAPER, "norm": "l1"}),
         Arm("trsp-oneshot", "this configuration, all layers chosen after one round", {"schedule": "oneshot"}, {}),
@@ -69,7 +69,11 @@ def _named() -> dict[str, Arm]:
             arms.append(Arm(method, f"chosen by {method}, cut, not trained", choice))
         arms.append(Arm(f"cut-{method}-lm", f"chosen by {method}, cut, then trained", choice, _CUT))
         distilled = {**_CUT, "objective": "distill"}
-        arms.append(Arm(f"cut-{method}-distill", f"chosen by {method}, cut, then distilled", choice, distilled))
+        arms.append(
+            Arm(f"cut-{method}-distill", f"chosen by {method}, cut, then distilled from logits", choice, distilled)
+        )
+        if method != "trsp":
+            arms.append(Arm(f"cut-{method}-imitate", f"chosen by {method}, then trained as trsp is", choice, {}))
     return {arm.name: arm for arm in arms}
 
 
