@@ -45,12 +45,15 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     folders = [out if share == arguments.seeds else out.with_name(f"{name}-seed{share}") for share in shares]
 
     def compare(share: str, folder: Path) -> None:
+        if (folder / "comparison.json").exists():  # of an interrupted run of this script
+            return
         subprocess.run([*command, "--seeds", share, "--out", str(folder), "--resume"], check=True)
 
     with ThreadPoolExecutor(arguments.jobs) as threads:
         list(threads.map(compare, shares, folders))
     merged = [json.loads((folder / "comparison.json").read_text()) for folder in folders]
-    merged[0]["arms"] = [row for values in merged for row in values["arms"]]
+    for kind in ("arms", "problems"):
+        merged[0][kind] = [entry for values in merged for entry in values[kind]]
     text = json.dumps(merged[0]).replace(str(SHARED), "../shared/data")
     if name in arguments.folder:
         text = text.replace(json.dumps(model)[1:-1], name)

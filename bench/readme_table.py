@@ -106,15 +106,20 @@ def steps() -> str:
 def speeds() -> str:
     """The paper's table 2: models without layers beside the whole one."""
     lines = [
-        "| machine | model | layers | generating | times as fast | reading the prompt | times as fast | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| machine | model | layers | generating | times as fast | GPU waits | reading the prompt | times as fast "
+        "| peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("speed_*.json")):
         for run in json.loads(file.read_text())["runs"]:
             for model in run["models"]:
                 made, read = model["generation"]["dynamic"], model["latency"]
                 cells = [run["machine"]["device"], model["model"].partition(" ")[0], str(model["layers"])]
-                cells += [f"{made['tokens_per_second']:,.0f} tokens/s", f"{made['times_first']:.2f}"]
+                cells += [
+                    f"{made['tokens_per_second']:,.0f} tokens/s",
+                    f"{made['times_first']:.2f}",
+                    f"{made['host_bound']:.0%}",
+                ]
                 cells += [f"{read['seconds'] * 1e3:.1f} ms", f"{read['times_first']:.2f}"]
                 lines.append("| " + " | ".join([*cells, f"{made['peak_bytes'] / 1e9:.1f} GB"]) + " |")
     return "\n".join(lines)
@@ -130,7 +135,7 @@ def comparison() -> str:
     table = [HEAD, *table_rows(rows)]
     lines = ["| " + " | ".join(row[column] for column in columns) + " |" for row in table]
     lines.insert(1, "|" + "---|" * len(columns))
-    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"]))
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"], content.get("problems", [])))
 
 
 def tables() -> str:

@@ -106,7 +106,7 @@ def test_every_arm_has_a_row_per_seed_and_number(found):
         for s in (0, 1)
         for n in (1, 2)
     }
-    assert rows == per_number | {(arm, s, 1) for arm in ("dense", "dense-lm") for s in (0, 1)}
+    assert rows == per_number | {(arm, s, 0) for arm in ("dense", "dense-lm") for s in (0, 1)}
     assert len(found.rows) == len(rows)
     for row in found.rows:
         assert len(row["layers"]) == (0 if row["arm"].startswith("dense") else row["removed"])
@@ -142,7 +142,7 @@ def test_untrained_and_merged_rows(found):
         assert row_of(found, "shortgpt")["perplexity"] == pytest.approx(perplexity(model, windows(100)))
     small, _ = laco.merge(model, 2, windows(0), at_once=2)
     assert row_of(found, "laco")["perplexity"] == pytest.approx(perplexity(small, windows(100)))
-    assert row_of(found, "dense", removed=1)["perplexity"] == pytest.approx(perplexity(model, windows(100)))
+    assert row_of(found, "dense", removed=0)["perplexity"] == pytest.approx(perplexity(model, windows(100)))
 
 
 def test_equal_choices_are_made_once(found):
@@ -203,11 +203,39 @@ def test_the_winner_is_named_whoever_it_is():
     assert "trsp is worse with every seed than cut-sleb-lm (-1.00)" in lost
     assert "trsp is better with every seed than trsp-paper (+7.50)" in lost
     assert "trsp-paper, 20.00) loses to cutting first" in lost
+    assert "overlaps over its seeds with cutting first" in " ".join(
+        sentences(rows(trsp=[10, 10], cut_sleb_lm=[11, 12], trsp_paper=[9, 30]), 12)
+    )
+    one = " ".join(sentences(rows(trsp=[10], sleb=[11]), 12))
+    assert "trsp is better than sleb" in one
+    assert "every seed" not in one
     won = " ".join(sentences(rows(trsp=[10, 10], cut_sleb_lm=[11, 12], trsp_paper=[9, 9]), 12))
     assert "Lowest perplexity: trsp-paper" in won
     assert "beats cutting first" in won
     open_ = " ".join(sentences(rows(trsp=[10, 12], sleb=[11, 11]), 12))
-    assert "Neither better nor worse with every seed than sleb (+0.00)" in open_
+    assert "trsp is neither better nor worse with every seed than sleb (+0.00)" in open_
+
+
+def test_the_other_domain_is_paired_too():
+    both = rows(trsp=[10, 11], sleb=[12, 14])
+    for row, other in zip(both, (50, 60, 49, 61), strict=True):
+        row["perplexity_other"] = other
+    text = " ".join(sentences(both, 12))
+    assert "On the other domain the lowest is trsp, 55.00 (50.00 to 60.00)" in text
+    assert "There trsp is neither better nor worse with every seed than sleb (+0.00)" in text
+
+
+def test_an_arm_that_cannot_be_run_does_not_stop_the_others(tmp_path):
+    """LaCo cannot take out 4 of 6 layers here, a diverging arm has no result, and both are told of."""
+    run = comparer(transfer={"lr": 1e30, "epochs": 4})
+    found = run.run(chosen_arms("laco,cut-last-lm,last"), [4], [0])
+    assert [row["arm"] for row in found.rows] == ["dense", "last"]
+    assert [problem["arm"] for problem in found.problems] == ["laco", "cut-last-lm"]
+    text = sentences(found.rows, 6, found.problems)
+    assert any(line.startswith("No row: laco, 4 layers, seed 0: ") for line in text)
+    before = len(found.rows) + len(found.problems)
+    again = run.run(chosen_arms("laco,cut-last-lm,last"), [4], [0], found)
+    assert len(again.rows) + len(again.problems) == before
 
 
 def test_pairs_need_the_same_seeds():

@@ -167,8 +167,13 @@ def compare(
     from trsp_fast.run.output import check_output
 
     chosen, numbers = chosen_arms(arms), number_list("seeds", seeds, int)
+    if len(set(numbers)) != max(1, len(numbers)):
+        raise UserError(f"seeds is {seeds!r}; give at least one, and each only once.")
+    ratios, layer_numbers = number_list("ratio", ratio, float), number_list("num_layers", num_layers, int)
     values = config_values(None, None, None, None, preset, config, settings, device, dtype)
     base = TRSPConfig.from_dict(values)
+    for seed in numbers:
+        TRSPConfig(num_layers=1, seed=seed)  # refuses one that is out of range
     if data is None:
         if model != resolved("demo"):
             raise UserError("--data is missing; give what to calibrate and evaluate on.")
@@ -178,7 +183,7 @@ def compare(
     check_output(out, resume=resume)
     names = _checked_tasks(tasks, limit, task_path)
     loaded = load(model, base, revision, allow_remote_code)
-    counts = layer_counts(loaded, number_list("ratio", ratio, float), number_list("num_layers", num_layers, int))
+    counts = layer_counts(loaded, ratios, layer_numbers)
     tokenizer = tokenizer_of(model, "" if names else data, revision, allow_remote_code)
     comparer = _comparer(loaded, tokenizer, data, eval_data, base, as_json)
     if names:
@@ -198,7 +203,7 @@ def compare(
         print(json.dumps(found))
         return
     table(table_head(found["arms"]), table_rows(found["arms"]))
-    text = "\n".join(sentences(found["arms"], found["layers"])).replace("**", "")
+    text = "\n".join(sentences(found["arms"], found["layers"], found["problems"])).replace("**", "")
     print(f"{text}\ntable, page and numbers: {out}")
 
 
@@ -211,9 +216,12 @@ def _comparer(loaded: Any, tokenizer: Any, data: str, eval_data: str | None, con
 
     streams = sources.load_streams(data, tokenizer)
     length = sources.window_length(loaded.config, config.data.seq_len)
-    other = None
+    vocabulary, other = loaded.get_input_embeddings().num_embeddings, None
+    for stream in (streams.calibration, streams.evaluation):
+        sources.check_vocabulary(stream, vocabulary)
     if eval_data is not None:
         other = sources.evaluation_windows(sources.evaluation_stream(eval_data, tokenizer), length, EVALUATION_WINDOWS)
+        sources.check_vocabulary(other, vocabulary)
     return Comparer(
         loaded,
         lambda seed: sources.calibration_windows(streams.calibration, config.data.samples, length, seed),

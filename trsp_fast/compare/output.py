@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trsp_fast.compare.arms import Arm
-from trsp_fast.compare.runner import Comparer, Comparison
+from trsp_fast.compare.runner import Comparer, Comparison, removed_by
 from trsp_fast.errors import UserError
 from trsp_fast.models.families import layer_stack
 from trsp_fast.report.comparison import markdown
 from trsp_fast.report.comparison_page import write_page
-from trsp_fast.run.identity import fingerprint, require_same, tokens_digest
+from trsp_fast.run.identity import fingerprint, first_difference, tokens_digest
 from trsp_fast.run.output import STATE, resumable_output, write_durably, write_json
 
 _SAVED = "comparison.json"
@@ -38,13 +38,13 @@ def compare_into(
         restart: discard an interrupted one.
 
     Returns:
-        What comparison.json holds: `arms` (the rows), `evidence`, `layers` and `about`'s fields.
+        What comparison.json holds: `arms` (the rows), `problems`, `evidence`, `layers` and `about`'s fields.
 
     Raises:
         UserError: `out` cannot be written or holds something, or the interrupted comparison was another one.
     """
     with resumable_output(out, resume=resume, restart=restart) as stage:
-        identity = _identity(comparer, seeds)
+        identity = _identity(comparer)
         state = stage / STATE / _SAVED
         state.parent.mkdir(parents=True, exist_ok=True)
         found = _found(state, identity)
@@ -57,28 +57,34 @@ def compare_into(
         found = comparer.run(arms, counts, seeds, found)
         layers = len(layer_stack(comparer.model))
         shown = {arm.name: arm.about for arm in arms}
+        wanted = {(arm.name, seed, removed_by(arm, count)) for arm in arms for seed in seeds for count in counts}
+
+        def asked_for(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [entry for entry in entries if (entry["arm"], entry["seed"], entry["removed"]) in wanted]
+
         values = {
             **about,
             "layers": layers,
             "config": comparer.config.to_dict(),
             "about_arms": shown,
-            "arms": [_rounded(row) for row in found.rows if row["arm"] in shown],
+            "arms": [_rounded(row) for row in asked_for(found.rows)],
+            "problems": asked_for(found.problems),
             "evidence": {key: value for key, value in found.evidence.items() if key.rsplit(" ", 1)[0] in shown},
         }
         write_json(stage / "comparison.json", values)
-        (stage / "comparison.md").write_text(markdown(values["arms"], layers), encoding="utf-8")
+        (stage / "comparison.md").write_text(markdown(values["arms"], layers, values["problems"]), encoding="utf-8")
         write_page(values, stage / "comparison.html")
         return values
 
 
-def _identity(comparer: Comparer, seeds: Sequence[int]) -> dict[str, Any]:
+def _identity(comparer: Comparer) -> dict[str, Any]:
     """What an interrupted comparison must share with the one that goes on with it."""
     config = comparer.config.to_dict()
     for name in ("ratio", "num_layers", "layers", "seed", "run"):
         del config[name]
     return {
         "model": fingerprint(comparer.model),
-        "tokens": tokens_digest(comparer.windows(seeds[0])),
+        "tokens": tokens_digest(comparer.windows(0)),
         "evaluation": tokens_digest(comparer.evaluation),
         "other": tokens_digest(comparer.other),
         "config": config,
@@ -95,7 +101,11 @@ def _found(state: Path, identity: dict[str, Any]) -> Comparison:
         comparison = Comparison(**values)
     except (ValueError, KeyError, TypeError):
         raise UserError("the interrupted comparison's state is damaged; give --restart to begin anew.") from None
-    require_same(before, identity)
+    if different := first_difference(before, identity):
+        raise UserError(
+            "the interrupted comparison had {} = {}, this one has {}; give the same, or --restart to begin "
+            "anew.".format(*different)
+        )
     return comparison
 
 

@@ -1,5 +1,6 @@
 """compare(): every arm on the same tokens, one after the other, on one model that is put back in between."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from trsp_fast import laco
 from trsp_fast.compare.arms import Arm
 from trsp_fast.config import TRSPConfig
-from trsp_fast.errors import UserError
+from trsp_fast.errors import CheckFailed, UserError
 from trsp_fast.models.bypass import is_bypassed
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.gates import bypassed
@@ -33,10 +34,11 @@ Tasks = Callable[[PreTrainedModel], dict[str, float]]
 class Comparison:
     """What is known so far: plain values throughout, so that an interrupted comparison goes on from its file.
 
-    rows: one per arm, seed and number of removed layers: arm, seed, removed, layers (ascending), perplexity (in
-        domain), perplexity_other (out of domain, null without such data), tokens (trained on), seconds, of which
-        seconds_select and seconds_transfer, window_forwards of the choice, tasks.
+    rows: one per arm, seed and number of removed layers (0 where nothing is removed): arm, seed, removed, layers
+        (ascending), perplexity (in domain), perplexity_other (out of domain, null without such data), tokens (trained
+        on), seconds, of which seconds_select and seconds_transfer, window_forwards of the choice, tasks.
     choices: selections by seed, number of layers and `select` settings; equal ones are made once.
+    problems: arm, seed, removed and reason of what cannot be done or has no finite result.
     evidence: by arm, of the first seed: `gates` of each round and `similarity` of every layer's input and output
         before and after training, both with all layers on.
     """
@@ -44,9 +46,11 @@ class Comparison:
     rows: list[dict[str, Any]] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     evidence: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[dict[str, Any]] = field(default_factory=list)
 
     def has(self, arm: str, seed: int, removed: int) -> bool:
-        return any((row["arm"], row["seed"], row["removed"]) == (arm, seed, removed) for row in self.rows)
+        found = ((entry["arm"], entry["seed"], entry["removed"]) for entry in (*self.rows, *self.problems))
+        return (arm, seed, removed) in found
 
 
 @dataclass
@@ -90,26 +94,31 @@ class Comparer:
             for seed in seeds
             for count in counts
             for arm in arms
-            if not _redundant(arm, count, counts) and not found.has(arm.name, seed, count)
+            if not _redundant(arm, count, counts) and not found.has(arm.name, seed, removed_by(arm, count))
         ]
         began = time.perf_counter()
         for index, (arm, count, seed) in enumerate(wanted):
             left = (time.perf_counter() - began) / index * (len(wanted) - index) if index else None
-            removed = 0 if arm.select is None and not arm.merges else count
+            removed = removed_by(arm, count)
             self.events.emit(
                 "arm", arm=arm.name, seed=seed, removed=removed, index=index, arms=len(wanted), seconds_left=left
             )
             try:
                 found.rows.append(self._row(arm, count, seed, found, seed == seeds[0]))
+                self.events.emit("arm_done", **found.rows[-1])
+            except (UserError, CheckFailed) as error:  # the other arms go on
+                problem = {"arm": arm.name, "seed": seed, "removed": removed, "reason": str(error).rstrip(".")}
+                found.problems.append(problem)
+                self.events.note(f"{arm.name} with {removed} layers less, seed {seed}: {error}")
             finally:
                 self._restore()
-            self.events.emit("arm_done", **found.rows[-1])
             self.done(found)
         return found
 
     def _row(self, arm: Arm, count: int, seed: int, found: Comparison, first: bool) -> dict[str, Any]:
         config, tokens = self._config(arm, count, seed), self.windows(seed)
-        row: dict[str, Any] = {"arm": arm.name, "seed": seed, "removed": count, "tokens": 0, "window_forwards": 0}
+        row: dict[str, Any] = {"arm": arm.name, "seed": seed, "removed": removed_by(arm, count)}
+        row |= {"tokens": 0, "window_forwards": 0}
         if arm.merges:
             began = time.perf_counter()
             small, collapse = laco.merge(self.model, count, tokens, at_once=laco_span(len(layer_stack(self.model))))
@@ -141,6 +150,8 @@ class Comparer:
     def _judged(self, row: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
         row["perplexity"] = perplexity(model, self.evaluation)
         row["perplexity_other"] = None if self.other is None else perplexity(model, self.other)
+        if not all(math.isfinite(row[name] or 0.0) for name in ("perplexity", "perplexity_other")):
+            raise CheckFailed("its perplexity is not finite")
         if self.tasks is not None:
             # A KV cache, which generating tasks use, does not bear every bypass.
             gone = [index for index, layer in enumerate(layer_stack(model).layers) if is_bypassed(layer)]
@@ -173,6 +184,11 @@ class Comparer:
             parameter.copy_(self._weights[name])
 
 
+def removed_by(arm: Arm, count: int) -> int:
+    """How many layers an arm takes out where `count` are to go."""
+    return 0 if arm.select is None and not arm.merges else count
+
+
 def laco_span(layers: int) -> int:
     """How many layers LaCo merges at once: the paper's 4 of 32, in proportion, since 4 of 12 ruin a model."""
     return max(2, round(4 * layers / 32))
@@ -180,7 +196,7 @@ def laco_span(layers: int) -> int:
 
 def _redundant(arm: Arm, count: int, counts: Sequence[int]) -> bool:
     """Arms that remove nothing are the same for every number of layers."""
-    return arm.select is None and not arm.merges and count != counts[0]
+    return removed_by(arm, count) == 0 and count != counts[0]
 
 
 def layer_counts(model: PreTrainedModel, ratios: Sequence[float], numbers: Sequence[int]) -> list[int]:

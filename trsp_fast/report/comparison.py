@@ -10,7 +10,7 @@ OURS = "trsp"
 REFERENCE = "dense"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """One arm at one number of removed layers, over its seeds.
 
@@ -78,53 +78,75 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.mean(values), min(values), max(values)
 
 
-def sentences(rows: Sequence[dict[str, Any]], layers: int) -> list[str]:
-    """Who wins where, for each number of removed layers; nothing is said that the rows do not show."""
+def sentences(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Who wins where, for each number of removed layers, and what has no row; nothing that the rows do not show."""
     found = summaries(rows)
+    dense = next((s for s in found if s.arm == REFERENCE), None)
     texts = []
     for removed in sorted({s.removed for s in found if s.removed}):
         here = [s for s in found if s.removed == removed]
-        texts.append(f"**{removed} of {layers} layers removed.** " + " ".join(_verdicts(here)))
+        texts.append(f"**{removed} of {layers} layers removed.** " + " ".join(_verdicts(here, dense)))
+    reasons: dict[tuple[str, int, str], list[int]] = {}
+    for problem in problems:
+        reasons.setdefault((problem["arm"], problem["removed"], problem["reason"]), []).append(problem["seed"])
+    for (arm, removed, reason), seeds in reasons.items():
+        texts.append(f"No row: {arm}, {removed} layers, seed {', '.join(map(str, seeds))}: {reason}.")
     return texts
 
 
-def _verdicts(here: list[Summary]) -> list[str]:
+def _verdicts(here: list[Summary], dense: Summary | None) -> list[str]:
     best = here[0]
     texts = [f"Lowest perplexity: {best.arm}, {_range(best.perplexity)} ({_seeds(best.seeds)})."]
     ours = next((s for s in here if s.arm == OURS), None)
     if ours is not None:
-        rivals = [s for s in here if s.difference is not None]
-        beaten = [s for s in rivals if s.difference and s.difference[1] > 0]
-        lost = [s for s in rivals if s.difference and s.difference[2] < 0]
-        open_ = [s for s in rivals if s not in beaten and s not in lost]
-        for text, group in (
-            ("trsp is better with every seed than", beaten),
-            ("trsp is worse with every seed than", lost),
-            ("Neither better nor worse with every seed than", open_),
-        ):
-            if group:
-                texts.append(f"{text} {', '.join(f'{s.arm} ({_signed(s.difference)})' for s in group)}.")
+        texts += _against_ours({s: s.difference for s in here}, "trsp is")
         if best.perplexity_other is not None and ours.perplexity_other is not None:
             first = min(here, key=lambda s: s.perplexity_other[0] if s.perplexity_other else math.inf)
             other = first.perplexity_other or best.perplexity_other
             own = "" if first is ours else f"; trsp has {_range(ours.perplexity_other)}"
-            texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}{own}.")
+            whole = dense.perplexity_other if dense is not None else None
+            beside = f", the unpruned model {_range(whole)}" if whole else ""
+            texts.append(f"On the other domain the lowest is {first.arm}, {_range(other)}{own}{beside}.")
+            texts += _against_ours({s: s.difference_other for s in here}, "There trsp is")
     texts += _published(here)
     texts += _time(here)
     return texts
+
+
+def _against_ours(differences: dict[Summary, tuple[float, float, float] | None], subject: str) -> list[str]:
+    """Whom `trsp` beats and who beats it, on every seed that was run."""
+    rivals = {s: difference for s, difference in differences.items() if difference is not None}
+    beaten = [s for s, difference in rivals.items() if difference[1] > 0]
+    lost = [s for s, difference in rivals.items() if difference[2] < 0]
+    open_ = [s for s in rivals if s not in beaten and s not in lost]
+    every = " with every seed" if any(s.seeds > 1 for s in rivals) else ""
+    return [
+        f"{text} {', '.join(f'{s.arm} ({_signed(rivals[s])})' for s in group)}."
+        for text, group in (
+            (f"{subject} better{every} than", beaten),
+            (f"{subject} worse{every} than", lost),
+            (f"{subject} neither better nor worse{every} than", open_),
+        )
+        if group
+    ]
 
 
 def _published(here: list[Summary]) -> list[str]:
     """The paper's recipe against cutting first and spending the same tokens afterwards."""
     paper = next((s for s in here if s.arm == "trsp-paper"), None)
     tuned = [s for s in here if s.arm.startswith("cut-") and s.arm.endswith("-lm")]
-    if paper is None or not tuned:
+    if paper is None or not tuned or not paper.tokens:
         return []
     best = min(tuned, key=lambda s: s.perplexity[0])
-    how = "loses to" if paper.perplexity[0] > best.perplexity[0] else "beats"
+    if paper.perplexity[1] > best.perplexity[2]:
+        how = "loses to"
+    elif paper.perplexity[2] < best.perplexity[1]:
+        how = "beats"
+    else:
+        how = "overlaps over its seeds with"
     return [
-        f"TRSP as published (trsp-paper, {paper.perplexity[0]:.2f}) {how} cutting first and tuning afterwards "
-        f"({best.arm}, {best.perplexity[0]:.2f}) at equal tokens."
+        f"TRSP as published (trsp-paper, {_range(paper.perplexity)}) {how} cutting first and tuning afterwards "
+        f"({best.arm}, {_range(best.perplexity)}) at equal tokens."
     ]
 
 
@@ -178,9 +200,9 @@ def table_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return (*HEAD, *(rows[0].get("tasks") or {})) if rows else HEAD
 
 
-def markdown(rows: Sequence[dict[str, Any]], layers: int) -> str:
+def markdown(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dict[str, Any]] = ()) -> str:
     """The table and what it says, as Markdown."""
     head = table_head(rows)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(rows)]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, layers)) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, layers, problems)) + "\n"

@@ -24,7 +24,7 @@ def write_page(values: dict[str, Any], path: Path) -> None:
         c=values,
         head=table_head(rows),
         rows=table_rows(rows),
-        sentences=[_bold(text) for text in sentences(rows, layers)],
+        sentences=[_bold(text) for text in sentences(rows, layers, values.get("problems", []))],
         plots=[(plot.caption, Markup(plot.svg)) for plot in plots(values)],
         settings=settings(values),
     )
