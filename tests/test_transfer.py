@@ -18,7 +18,7 @@ from trsp_fast.errors import Diverged, Interrupted, UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper, StateStore, Stop
-from trsp_fast.transfer import gate_at, lambda2_at, learning_rate_factor, trainable_weights, transfer
+from trsp_fast.transfer import gate_at, hidden_at, lambda2_at, learning_rate_factor, trainable_weights, transfer
 
 transfer_module = importlib.import_module("trsp_fast.transfer")  # the package has a function of that name
 
@@ -317,6 +317,16 @@ def test_neighbours_alone_learn_and_the_rest_is_shared_with_the_teacher(llama, t
 def test_gate_schedule(hold, expected):
     settings = TransferConfig(gate="anneal", hold=hold)
     assert [gate_at(settings, step, 4) for step in range(4)] == pytest.approx(expected)
+
+
+def test_hidden_schedule(llama, tokens):
+    fall = TransferConfig(hidden=2.0, hidden_schedule="fall")
+    assert [hidden_at(fall, s, 4) for s in range(4)] == [2, 1.5, 1, 0.5]
+    assert hidden_at(TransferConfig(hidden=2.0), 3, 4) == 2
+    settings = {"objective": "distill", "hidden": 2.0, "gate": "anneal", "hold": 1.0, "lr": 0.0, "epochs": 2}
+    runs = [transfer(llama, tokens, [2], config(**settings, hidden_schedule=s)) for s in ("constant", "fall")]
+    shares = [fell["hidden"] / constant["hidden"] for constant, fell in zip(*runs, strict=True)]
+    assert shares == pytest.approx([1 - step / len(shares) for step in range(len(shares))], rel=1e-5)
 
 
 def test_lambda_schedule():

@@ -58,6 +58,8 @@ class TransferConfig:
     detach_input: D moves the chosen layer only, not the layers before it.
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
     hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
+    hidden_schedule: hidden `constant`, or `fall` linearly to 0 after the last step: logits have the last word. On a
+        small model whose layers matter more that is better (NOTES.md, "What stage 2 imitates").
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps; with
         the default hold of 1 they are 0 from the first step, and the layers cost nothing.
     epochs: passes over the calibration data; 0 skips stage 2.
@@ -72,6 +74,7 @@ class TransferConfig:
     detach_input: bool = _setting(True)
     objective: str = _setting("distill", choices=("lm", "distill"))
     hidden: float = _setting(30.0, low=0)
+    hidden_schedule: str = _setting("constant", choices=("constant", "fall"))
     gate: str = _setting("anneal", choices=("none", "anneal"))
     hold: float = _setting(1.0, low=0, high=1)
     epochs: int = _setting(3, low=0)

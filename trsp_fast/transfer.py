@@ -338,7 +338,7 @@ def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[dict[str, Tens
     penalty = weight * torch.stack(list(distances.values())).sum() if distances else nothing
     hidden = nothing
     if targets is not None and targets.inputs:
-        hidden = run.settings.hidden * hidden_distance(run.tap.taken, targets.inputs)
+        hidden = hidden_at(run.settings, run.done, run.steps) * hidden_distance(run.tap.taken, targets.inputs)
     return {"loss": objective + penalty + hidden, "lm_loss": lm_loss, "penalty": penalty, "hidden": hidden}, distances
 
 
@@ -388,6 +388,11 @@ def gate_at(settings: TransferConfig, step: int, steps: int) -> float:
 def lambda2_at(settings: TransferConfig, step: int, steps: int) -> float:
     """The penalty's weight: constant, or growing linearly to lambda2 at the last step."""
     return settings.lambda2 * ((step + 1) / steps if settings.lambda_schedule == "grow" else 1.0)
+
+
+def hidden_at(settings: TransferConfig, step: int, steps: int) -> float:
+    """The weight of hidden states: constant, or falling linearly to `hidden` / steps at the last step."""
+    return settings.hidden * (1 - step / steps if settings.hidden_schedule == "fall" else 1.0)
 
 
 def learning_rate_factor(warmup: float, step: int, steps: int) -> float:
