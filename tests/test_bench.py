@@ -367,7 +367,7 @@ def test_seeds_side_by_side_are_one_result(tmp_path, monkeypatch):
         started.append(seeds)
         Path(out).mkdir(parents=True)
         rows = [{"arm": "trsp", "seed": int(seed), "model": str(tmp_path)} for seed in seeds.split(",")]
-        (Path(out) / "comparison.json").write_text(json.dumps({"arms": rows, "model": str(tmp_path)}))
+        (Path(out) / "comparison.json").write_text(json.dumps({"arms": rows, "problems": [], "model": str(tmp_path)}))
 
     monkeypatch.setattr(compare_all.subprocess, "run", compare)
     for jobs, calls in (("3", ["0", "1", "2"]), ("1", ["0,1,2"])):
