@@ -125,7 +125,7 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]  # it ran above
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
