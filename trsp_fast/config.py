@@ -28,6 +28,7 @@ class SelectConfig:
     rank: `magnitude` removes the smallest gate (the paper), `fisher` the gate whose loss curves least.
     shortlist: bypass the so many lowest-ranked layers one at a time and take the one that hurts least; 0 is the paper.
     train_weights: the model's weights learn together with the gates (the authors' code).
+    samples: the choice is made on the first so many calibration windows; 0 is all of them.
     """
 
     method: str = _setting(
@@ -46,6 +47,7 @@ class SelectConfig:
     protect_last: int = _setting(0, low=0)
     train_weights: bool = _setting(False)
     weights_lr: float = _setting(2e-5, low=0)
+    samples: int = _setting(0, low=0)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def _stage_1(
 ) -> tuple[float, int]:
     """Seconds and steps; each round has one layer fewer, and judges its shortlist by bypass."""
     total, settings = len(layer_stack(model)), config.select
+    tokens = tokens[: settings.samples or None]
     alive = [total - index for index in range(1 if settings.schedule == "oneshot" else count)]
     if settings.method != "trsp":
         known = {"sleb": 0.55 * sum(alive), "shortened": 0.55 * total, "shortgpt": 1.0, "angular": 1.0}

@@ -79,7 +79,7 @@ def test_an_impossible_stride_is_refused(llama, stream, stride):
 
 
 def test_windows_and_short_streams_have_no_strides(llama, stream):
-    with pytest.raises(UserError, match="windows of 8 tokens; a stride needs text of at least 16"):
+    with pytest.raises(UserError, match="separate windows of 8 tokens; a stride needs one text of at least 16"):
         strided_perplexity(llama, stream[:96].view(-1, 8), 16, 4)
     with pytest.raises(UserError, match="has 15 tokens"):
         strided_perplexity(llama, stream[:15], 16, 4)
@@ -140,8 +140,8 @@ def test_eval_has_protocols_and_strides(run, tmp_path):
     [
         (("--protocol", "author"), "the protocol is 'author'; give standard or authors."),
         (("--protocol", "authors", "--stride", 8), "--stride is 8 and the authors' protocol has none"),
-        (("--protocol", "authors"), "data.seq_len is 2048, longer than the model's context of 256"),
-        (("--stride", 8), "a stride needs text"),
+        (("--protocol", "authors"), "windows of 2048 tokens and the model's context is 256; give --seq-len 256"),
+        (("--stride", 8), "separate windows of 64 tokens; a stride needs one text"),
     ],
 )
 def test_mistakes_are_one_sentence(run, tmp_path, options, sentence):

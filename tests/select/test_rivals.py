@@ -118,6 +118,18 @@ def test_protection_binds_every_method(llama, tokens):
         assert set(chosen) == {2, 3}, method
 
 
+@pytest.mark.parametrize("method", ["trsp", "sleb", "shortgpt", "angular", "shortened"])
+def test_the_choice_may_be_made_on_the_first_windows(llama, tokens, method):
+    def chosen(windows, **select):
+        values = {"num_layers": 2, "select": {"method": method, **select}}
+        return choose_layers(llama, windows, TRSPConfig.from_dict(values))
+
+    few, all_of_them = chosen(tokens[:3]), chosen(tokens)
+    assert chosen(tokens, samples=3) == few
+    assert few != all_of_them  # what was measured, if not the layers
+    assert chosen(tokens, samples=10**6) == all_of_them
+
+
 def test_unknown_method_is_refused(llama, tokens):
     with pytest.raises(UserError, match=r"select.method is 'best'"):
         select_layers(llama, tokens, "best", num_layers=1)

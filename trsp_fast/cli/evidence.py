@@ -67,7 +67,7 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UserError(f"the protocol is {protocol!r}; give {' or '.join(PROTOCOLS)}.")
     if protocol == "authors":
-        data, seq_len = data or "wikitext2", seq_len or AUTHORS_WINDOW
+        data = data or "wikitext2"
         if stride is not None:
             raise UserError(f"--stride is {stride} and the authors' protocol has none; leave out one of them.")
     names = _checked_tasks(tasks, limit, task_path)
@@ -101,6 +101,13 @@ def _perplexity(
     from trsp_fast.data import check_vocabulary, evaluation_stream, evaluation_windows, window_length
     from trsp_fast.report.perplexity import authors_perplexity, perplexity, strided_perplexity
 
+    if protocol == "authors" and not seq_len:
+        seq_len = AUTHORS_WINDOW
+        if seq_len > (context := window_length(loaded.config, 0)):
+            raise UserError(
+                f"the authors' protocol has windows of {seq_len} tokens and the model's context is {context}; give "
+                f"--seq-len {context} for shorter ones."
+            )
     stream = evaluation_stream(data, tokenizer)
     if stream.dim() == 2 and not seq_len:
         seq_len = stream.shape[1]
@@ -172,6 +179,12 @@ def compare(
     ratios, layer_numbers = number_list("ratio", ratio, float), number_list("num_layers", num_layers, int)
     values = config_values(None, None, None, None, preset, config, settings, device, dtype)
     base = TRSPConfig.from_dict(values)
+    if base.layers is not None or base.seed:
+        what = f"seed is {base.seed}" if base.seed else f"layers is {list(base.layers or ())}"
+        raise UserError(f"{what} in the configuration; a comparison takes --seeds, and --ratio or --num-layers.")
+    if not ratios and not layer_numbers:  # as the configuration says
+        ratios = [] if base.ratio is None else [base.ratio]
+        layer_numbers = [] if base.num_layers is None else [base.num_layers]
     for seed in numbers:
         TRSPConfig(num_layers=1, seed=seed)  # refuses one that is out of range
     if data is None:

@@ -76,8 +76,8 @@ def strided_perplexity(
     if not 1 <= stride <= length:
         raise UserError(f"the stride is {stride}; give 1 to {length}, the tokens of a window.")
     if stream.dim() != 1 or len(stream) < length:
-        shape = f"windows of {stream.shape[1]} tokens" if stream.dim() == 2 else f"{len(stream)} tokens"
-        raise UserError(f"the data has {shape}; a stride needs text of at least {length} tokens.")
+        shape = f"separate windows of {stream.shape[1]} tokens" if stream.dim() == 2 else f"{len(stream)} tokens"
+        raise UserError(f"the data has {shape}; a stride needs one text of at least {length} tokens, or leave it out.")
     windows = stream.unfold(0, length, stride)
     rest = stream[len(windows) * stride :]  # of which the last window has scored all but what it does not reach
     groups = [(windows[:1], 0), (windows[1:], length - stride), (rest[None], length - stride)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -213,9 +214,14 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """As wide as its cells in a file or pipe; on a terminal cells are broken, never cut off."""
     table = Table(show_edge=False)
     for index, title in enumerate(head):
-        table.add_column(title, justify="left" if index == 0 else "right")
+        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table, "")
+    console = Console()
+    if not console.is_terminal:
+        needed = Measurement.get(console, console.options.update(width=10_000), table).maximum
+        console.width = max(console.width, needed)
+    console.print(table, "")

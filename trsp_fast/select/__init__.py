@@ -50,7 +50,7 @@ def choose_layers(
             f"{count} layers are to go but only {len(candidates(model, config))} of {len(total)} are not protected "
             "(trsp-fast plan says why); remove fewer or protect fewer."
         )
-    training = model.training
+    training, tokens = model.training, tokens[: config.select.samples or None]
     try:
         with placed(model, config):
             return METHODS[config.select.method](model, tokens, count, config, session or Session(events or Events()))
