@@ -60,8 +60,8 @@ class Subject:
         return {
             "perplexity": self.cut_perplexity(layers, model) if layers else uncut,
             "perplexity_uncut": uncut,
-            "tokens": tokens.numel() * config.transfer.epochs,
-            "D": [history[0]["D"], history[-1]["D"]],
+            "tokens": tokens.numel() * config.transfer.passes,
+            "D": [history[0]["D"], history[-1]["D"]] if history else [],
             "seconds": round(seconds, 1),
         }
 

@@ -26,6 +26,8 @@ SETTINGS = {
         "select": {"train_weights": True, "weights_lr": 1e-3, "steps_per_round": 3},
         "transfer": {"lr": 1e-3, "trainable": "neighbours"},
     },
+    # Stage 2 begins with a fold: window 3, which judges, is the second process's
+    "fold": {"num_layers": 2, "select": {"method": "shortgpt"}, "transfer": {"epochs": 1}},
     "sleb": {"num_layers": 1, "select": {"method": "sleb"}, "transfer": {"epochs": 0}},
 }
 

@@ -60,11 +60,12 @@ class TransferConfig:
     detach_input: D moves the chosen layer only, not the layers before it.
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
     hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
-    hidden_schedule: hidden `constant`, or `fall` linearly to 0 after the last step: logits have the last word. On a
-        small model whose layers matter more that is better (NOTES.md, "What stage 2 imitates").
+    hidden_schedule: hidden `constant`, or `fall` linearly to 0 after the last step: logits have the last word.
+    fold: where the layers are out from the first step, `start` first folds what they did into projections of those
+        that stay, in closed form (trsp_fast.fold); `alone` leaves it at that, without training; or `none`.
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps; with
         the default hold of 1 they are 0 from the first step, and the layers cost nothing.
-    epochs: passes over the calibration data; 0 skips stage 2.
+    epochs: passes over the calibration data; 0 skips stage 2, unless `fold` is `alone`.
     lr: peak learning rate; the default won on models of 0.3 and 2.7 M parameters, billions want far less.
     optimizer: `adamw`, or `adamw8bit` (torchao's, moments in 8 bits: a quarter of the optimiser's memory).
     trainable: which weights learn: `all`, or `neighbours`: the layers beside each removed one and every normalisation.
@@ -75,8 +76,9 @@ class TransferConfig:
     lambda_schedule: str = _setting("constant", choices=("constant", "grow"))
     detach_input: bool = _setting(True)
     objective: str = _setting("distill", choices=("lm", "distill"))
-    hidden: float = _setting(30.0, low=0)
-    hidden_schedule: str = _setting("constant", choices=("constant", "fall"))
+    hidden: float = _setting(20.0, low=0)
+    hidden_schedule: str = _setting("fall", choices=("constant", "fall"))
+    fold: str = _setting("start", choices=("none", "start", "alone"))
     gate: str = _setting("anneal", choices=("none", "anneal"))
     hold: float = _setting(1.0, low=0, high=1)
     epochs: int = _setting(3, low=0)
@@ -87,9 +89,24 @@ class TransferConfig:
     trainable: str = _setting("all", choices=("all", "neighbours"))
 
     @property
+    def passes(self) -> int:
+        """Passes over the calibration data with optimiser steps."""
+        return 0 if self.fold == "alone" else self.epochs
+
+    @property
+    def happens(self) -> bool:
+        """Whether there is a stage 2 at all."""
+        return self.epochs > 0 or self.fold == "alone"
+
+    @property
+    def folds(self) -> bool:
+        """Whether stage 2 begins with a fold: its layers must be out of the function from the first step."""
+        return self.happens and self.fold != "none" and self.gate == "anneal" and self.hold == 1
+
+    @property
     def imitates(self) -> bool:
         """Whether the untouched model, or its states, must be there."""
-        return self.objective == "distill" or self.hidden > 0
+        return self.objective == "distill" or self.hidden > 0 or self.folds
 
 
 @dataclass(frozen=True)
@@ -160,6 +177,11 @@ class TRSPConfig:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(
                 f"ratio is {self.ratio}; it is the share of layers to remove, give a number between 0 and 1."
+            )
+        if self.transfer.fold == "alone" and not self.transfer.folds:
+            raise UserError(
+                f"transfer.fold is alone but the layers leave later (transfer.gate {self.transfer.gate}, transfer.hold "
+                f"{self.transfer.hold}); give gate anneal and hold 1."
             )
         if self.run.offload == "weights" and self.select.train_weights:
             raise UserError(
@@ -233,6 +255,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "detach_input": False,
             "objective": "lm",
             "hidden": 0.0,
+            "fold": "none",
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
@@ -262,6 +285,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "detach_input": False,
             "objective": "lm",
             "hidden": 0.0,
+            "fold": "none",
             "gate": "none",
             "epochs": 1,
             "lr": 2e-5,
@@ -269,9 +293,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
-    "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0}},
+    "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0, "fold": "none"}},
     # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
-    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0}},
+    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "fold": "none"}},
 }
 
 

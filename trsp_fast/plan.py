@@ -76,10 +76,11 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
     seconds = {"evaluation": 0.0 if evaluation is None else forward * len(evaluation) * (4 - 2 * count / total)}
     if not config.layers:
         seconds["stage 1"], steps["stage 1"] = _stage_1(model, tokens, config, count, forward, plans)
-    if config.transfer.epochs:
+    if config.transfer.happens:
         seconds["stage 2"], steps["stage 2"] = _stage_2(model, tokens, layers, config, plans)
+        seconds["stage 2"] += 2 * forward * len(tokens) * (1 - count / total) if config.transfer.folds else 0.0
     rounds = (REPEATS + 1) * (2 - count / total) + 1  # of both models, and about one for the proof
-    with contextlib.nullcontext() if config.transfer.epochs else placed(model, config):
+    with contextlib.nullcontext() if config.transfer.happens else placed(model, config):
         seconds["speed and proof"] = seconds_of_a_round(model) * rounds
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gone = sum(p.nbytes for layer in layers for p in layer_stack(model).layers[layer].parameters())
@@ -100,7 +101,7 @@ def _bytes_of_a_state(model: PreTrainedModel, layers: list[int], config: TRSPCon
     stage_1, stage_2 = 0, 0
     if config.select.train_weights and not config.layers:
         stage_1 = 12 * sum(parameter.numel() for parameter in model.parameters())
-    if config.transfer.epochs:
+    if config.transfer.passes:
         trained = sum(p.numel() for p in trained_weights(model, layers, config.transfer).values())
         stage_2 = round((4 + STATE_BYTES[config.transfer.optimizer]) * trained)
         stage_2 += sum(parameter.nbytes for parameter in model.parameters()) if stage_1 else 0  # as stage 1 left them
@@ -160,10 +161,12 @@ def _stage_2(
         device = resolve_device(config.device)
         require_room(model, layers, settings, device)
         model.to(device)
-    steps = settings.epochs * math.ceil(len(tokens) / batch)
+    steps = settings.passes * math.ceil(len(tokens) / batch)
+    if not steps:
+        return 0.0, 0
 
     def probe(changes: dict[str, Any]) -> float:
-        own = TRSPConfig.from_dict(merge(config.to_dict(), {"transfer": {**changes, "lr": 0.0}}))
+        own = TRSPConfig.from_dict(merge(config.to_dict(), {"transfer": {**changes, "lr": 0.0, "fold": "none"}}))
         return _seconds_per_step(
             "transfer_step", "stage 2", plans, lambda session: transfer(model, tokens, layers, own, session=session)
         )

@@ -220,7 +220,7 @@ class _Run:
         if bound and evaluation is None:
             raise UserError(f"quality.max_perplexity_ratio is {bound} but there is nothing to evaluate on; give data.")
         own = next(model.parameters()).device
-        if config.transfer.epochs:
+        if config.transfer.passes:
             require_optimizer(config.transfer.optimizer)
         self.streams = config.run.offload == "weights"
         device = group.device or (
@@ -233,7 +233,7 @@ class _Run:
         self.dtype, self.device = dtype, device
         self.source = self._place(model)
         self.model = model
-        if self.streams and config.transfer.epochs:  # said now, as far as it is known before stage 1
+        if self.streams and config.transfer.happens:  # said now, as far as it is known before stage 1
             require_room(self.model, [], config.transfer, device)
         self.perplexity: dict[str, float] = {}
         self.similarity: dict[str, list[float]] = {}
@@ -248,7 +248,7 @@ class _Run:
         model.eval()
         if isinstance(self.group, Shards):
             dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-            trained = bool(self.config.transfer.epochs) or self.config.select.train_weights
+            trained = self.config.transfer.happens or self.config.select.train_weights
             self.group.divide(model, self.dtype, trained=trained)
             return SourceWeights(model, self.dtype, dtypes)
         source = SourceWeights(model, self.dtype)
@@ -463,7 +463,7 @@ class _Run:
         return streamed_layers(model, self.device) if self.streams else nullcontext()
 
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
-        if not self.config.transfer.epochs:
+        if not self.config.transfer.happens:
             return []
         if self.streams:
             require_room(self.model, removed, self.config.transfer, self.device)

@@ -28,6 +28,7 @@ from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
 from trsp_fast.errors import UserError
+from trsp_fast.fold import fold, fold_points, projections
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
@@ -95,13 +96,15 @@ def transfer(
     """
     settings, session = config.transfer, session or Session(events or Events())
     order = WindowOrder(len(tokens), config.data.batch or BATCH, config.seed)
-    steps = settings.epochs * order.steps_per_pass
-    if not steps:
+    steps = settings.passes * order.steps_per_pass
+    if not settings.happens:
         return []
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     weights, group = trained_weights(model, layers, settings), session.group
+    if not steps:  # a fold changes nothing else
+        weights = _projections_of(model, tokens, weights)
     teacher = _teacher(model, tokens, layers, weights, settings, session) if settings.imitates else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
@@ -118,24 +121,51 @@ def transfer(
             run = _Training(
                 model, teacher, tap, settings, session, gates, tokens, order, steps, masters, weights, optimizer
             )
-            run.objective = _choose_objective(run, config.run.deterministic)
-            plan = session.plan("transfer", order.batch * tokens.shape[1], lambda: _plan(run))
-            if config.run.compile:
-                during.enter_context(compiled_layers(model))
-            during.enter_context(recomputed(model, plan.recomputed))
-            _resume(run)
-            while run.done < run.steps:
-                _step(run)
-                run.done += 1
-                last = run.done == run.steps
-                session.keeper.after_step(lambda: _state(run), last=last, size=_state_bytes(run))
-            run.readback.flush()
+            state = session.keeper.found("transfer")
+            if state is None and settings.folds:
+                _fold(run, layers)
+            if steps:
+                _train(run, state, config, during)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         model.train(training)
     return run.history
+
+
+def _train(run: _Training, state: State | None, config: TRSPConfig, during: ExitStack) -> None:
+    """The steps that are still to do. `during` lasts until the gates, whose bypasses lie over it, have ended."""
+    session = run.session
+    run.objective = _choose_objective(run, config.run.deterministic)
+    plan = session.plan("transfer", run.order.batch * run.tokens.shape[1], lambda: _plan(run))
+    if config.run.compile:
+        during.enter_context(compiled_layers(run.model))
+    during.enter_context(recomputed(run.model, plan.recomputed))
+    if state is not None:
+        _resume(run, state)
+    while run.done < run.steps:
+        _step(run)
+        run.done += 1
+        last = run.done == run.steps
+        session.keeper.after_step(lambda: _state(run), last=last, size=_state_bytes(run))
+    run.readback.flush()
+
+
+def _fold(run: _Training, layers: Sequence[int]) -> None:
+    """Begin with the fold; with divided weights nobody has the whole projection."""
+    group, events = run.session.group, run.session.events
+    if group.sharded:
+        events.note("transfer.fold is left out: the weights are divided among processes.")
+        return
+    assert run.teacher is not None
+    run.gates.bypass(run.gates.layers)
+    with run.gates.neutral():
+        found = fold(
+            run.model, run.teacher, run.tokens, layers, run.weights.values(), autocast=run.masters.autocast, group=group
+        )
+    run.gates.restore(run.gates.layers)  # the first step decides anew
+    events.emit("folded", layers={layer: {"before": b, "after": a} for layer, (b, a) in found.items()})
 
 
 def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str) -> Named:
@@ -168,12 +198,20 @@ def trained_weights(model: PreTrainedModel, layers: Sequence[int], settings: Tra
     return {name: parameter for name, parameter in named.items() if parameter not in gone}
 
 
+def _projections_of(model: PreTrainedModel, tokens: Tensor, weights: Named) -> Named:
+    """Of the weights those that a fold changes."""
+    device = next(model.parameters()).device
+    found = {p for module in projections(model, tokens[:1].to(device)).values() for p in module.parameters()}
+    return {name: parameter for name, parameter in weights.items() if parameter in found}
+
+
 def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> int:
     """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
     trained = trained_weights(model, layers, settings).values()
     held = sum(parameter.nbytes for parameter in model.parameters())
     held += sum(parameter.nbytes for parameter in trained) if settings.imitates else 0
-    return held + round(sum((4 - p.itemsize + 4 + STATE_BYTES[settings.optimizer]) * p.numel() for p in trained))
+    step = 4 + STATE_BYTES[settings.optimizer] if settings.passes else 0
+    return held + round(sum((4 - p.itemsize + step) * p.numel() for p in trained))
 
 
 def require_room(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig, device: torch.device) -> None:
@@ -211,7 +249,8 @@ def _teacher(
     session: Session,
 ) -> Teacher:
     """The untouched model: its states of all windows, or copies of the weights that will be trained, others shared."""
-    points, group = _points(model, layers, settings), session.group
+    fitted = fold_points(model, layers) if settings.folds else []
+    points, group = sorted({*_points(model, layers, settings), *fitted}), session.group
 
     def copied() -> Teacher:
         held = sum(parameter.nbytes for parameter in trained.values())
@@ -251,11 +290,8 @@ def _plan(run: _Training) -> MemoryPlan:
     )
 
 
-def _resume(run: _Training) -> None:
-    """Weights, optimiser and history as the saved state has them, where there is one."""
-    state = run.session.keeper.found("transfer")
-    if state is None:
-        return
+def _resume(run: _Training, state: State) -> None:
+    """Weights, optimiser and history as the saved state has them."""
     run.done, run.history = state.step, state.values["history"]
     run.streak.count, run.session.micro_batch = state.values["streak"], state.values["micro_batch"]
     optimizer = {n.removeprefix("optimizer."): t for n, t in state.tensors.items() if n.startswith("optimizer.")}
@@ -337,7 +373,7 @@ def _losses(run: _Training, rows: Tensor, weight: float) -> tuple[dict[str, Tens
     nothing = objective.new_zeros(())
     penalty = weight * torch.stack(list(distances.values())).sum() if distances else nothing
     hidden = nothing
-    if targets is not None and targets.inputs:
+    if targets is not None and run.settings.hidden:
         hidden = hidden_at(run.settings, run.done, run.steps) * hidden_distance(run.tap.taken, targets.inputs)
     return {"loss": objective + penalty + hidden, "lm_loss": lm_loss, "penalty": penalty, "hidden": hidden}, distances
 

@@ -25,6 +25,8 @@ SETTINGS = {
         "select": {"train_weights": True, "weights_lr": 1e-3, "steps_per_round": 4},
         "transfer": {"objective": "distill", "lr": 1e-3, "epochs": 3},
     },
+    # Weights that are changed before the first step.
+    "fold": {"num_layers": 2, "select": {"steps_per_round": 4}, "transfer": {"epochs": 3}},
 }
 
 
@@ -67,7 +69,7 @@ def steps_of(folder):
 def cases():
     for number in range(POINTS):
         marks = [] if number < QUICK else [pytest.mark.slow]
-        yield pytest.param("paper" if number % 3 == 1 else "default", number, marks=marks)
+        yield pytest.param(("default", "paper", "fold")[number % 3], number, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "number"), list(cases()))

@@ -17,8 +17,9 @@ CORE = ("trsp", "trsp-paper", "lm-then-cut", "cut-sleb-lm", "cut-sleb-distill", 
 # What the optimiser does with the tokens; the same in all arms, whatever a preset says.
 _COMMON = ("epochs", "lr", "warmup", "clip", "optimizer", "trainable")
 
-_PLAIN: dict[str, Any] = {"objective": "lm", "gate": "none", "lambda2": 0.0, "hidden": 0.0}
+_PLAIN: dict[str, Any] = {"objective": "lm", "gate": "none", "lambda2": 0.0, "hidden": 0.0, "fold": "none"}
 _CUT: dict[str, Any] = {**_PLAIN, "gate": "anneal", "hold": 1.0}  # gates at 0 from the first step: bypassed
+_FOLD: dict[str, Any] = {"gate": "anneal", "hold": 1.0, "fold": "alone"}
 _PAPER: dict[str, Any] = {**PRESETS["paper"]["transfer"], "hidden": 0.0}
 
 
@@ -60,6 +61,7 @@ def _named() -> dict[str, Arm]:
             {**_PLAIN, "objective": "distill", "gate": "anneal", "hold": 0.3},
         ),
         Arm("trsp-untrained", "chosen as by trsp, cut, not trained", {}),
+        Arm("trsp-fold", "chosen as by trsp, cut, folded in closed form, not trained", {}, _FOLD),
         Arm("lm-then-cut", "chosen as by trsp, trained without penalty, then cut", {}, _PLAIN),
         Arm("laco", "layers merged (LaCo), not trained", merges=True),
     ]
@@ -73,6 +75,7 @@ def _named() -> dict[str, Arm]:
             Arm(f"cut-{method}-distill", f"chosen by {method}, cut, then distilled from logits", choice, distilled)
         )
         if method != "trsp":
+            arms.append(Arm(f"cut-{method}-fold", f"chosen by {method}, cut, folded in closed form", choice, _FOLD))
             arms.append(Arm(f"cut-{method}-imitate", f"chosen by {method}, then trained as trsp is", choice, {}))
     return {arm.name: arm for arm in arms}
 

@@ -133,7 +133,7 @@ class Comparer:
         if arm.transfer is not None:
             torch.manual_seed(seed)
             steps = transfer(self.model, tokens, layers, config)
-            row["tokens"] = tokens.numel() * config.transfer.epochs if steps else 0
+            row["tokens"] = tokens.numel() * config.transfer.passes if steps else 0
         row["seconds_transfer"] = time.perf_counter() - began
         if first:
             found.evidence[f"{arm.name} {count}"] = self._evidence(selection, before, tokens, row["tokens"] > 0)

@@ -149,7 +149,7 @@ def divided(processes: Group, model: PreTrainedModel, config: TRSPConfig) -> Gro
 def needed(model: PreTrainedModel, config: TRSPConfig) -> float:
     """Bytes that a whole copy holds all the time in the stage that holds most."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not (config.transfer.epochs or config.select.train_weights):
+    if not (config.transfer.happens or config.select.train_weights):
         return parameters * COMPUTE
     teacher = COMPUTE if config.transfer.imitates else 0
     return parameters * (2 * FP32 + STATE_BYTES[config.transfer.optimizer] + teacher)

@@ -60,14 +60,14 @@ class Prefix:
             raise _ReachedError(output[0] if isinstance(output, tuple) else output)
 
         assert layer > start
-        handle = self.stack.layers[layer - 1].register_forward_hook(stop)
-        try:
-            with self.skipped(start, states):
+        with self.skipped(start, states):  # before the hook: a bypass may take a pass of its own
+            handle = self.stack.layers[layer - 1].register_forward_hook(stop)
+            try:
                 self.model(input_ids=tokens, use_cache=False)
-        except _ReachedError as reached:
-            return reached.states
-        finally:
-            handle.remove()
+            except _ReachedError as reached:
+                return reached.states
+            finally:
+                handle.remove()
         raise AssertionError(f"the forward pass did not come to layer {layer - 1}")
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def report_of(outcome: Outcome) -> dict[str, Any]:
                 "windows": len(outcome.tokens),
                 "seq_len": outcome.tokens.shape[1],
                 "evaluation": 0 if outcome.evaluation is None else outcome.evaluation.numel(),
-                "trained_on": outcome.tokens.numel() * config.transfer.epochs,
+                "trained_on": outcome.tokens.numel() * config.transfer.passes,
             },
             "seconds": outcome.seconds,
             "run": outcome.run,

@@ -1,0 +1,215 @@
+"""The closed-form start of stage 2 against ridge regression written out, and that it never does harm."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_llama
+from zoo import build
+
+from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.teacher import InputTap, UntouchedModel
+from trsp_fast.errors import UserError
+from trsp_fast.fold import RIDGES, VALIDATION, fold, fold_points, projections
+from trsp_fast.models.gates import bypassed
+from trsp_fast.run.events import Events
+from trsp_fast.transfer import transfer
+
+
+@pytest.fixture
+def tokens():
+    """Enough for a regression on 48 numbers to say something about windows that it has not seen."""
+    return torch.randint(0, 97, (32, 32), generator=torch.Generator().manual_seed(1))
+
+
+def config(**changes):
+    return TRSPConfig.from_dict({"num_layers": 2, "transfer": {"fold": "alone", **changes}})
+
+
+def states_at(model, tokens, points):
+    with InputTap(model, points) as tap, torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+        return {point: taken.double() for point, taken in tap.taken.items()}
+
+
+def folded(model, tokens, layers, weights=None):
+    """What `fold` returns, on a model that it changes."""
+    teacher = UntouchedModel(copy.deepcopy(model), fold_points(model, layers), 0)
+    with bypassed(model, layers):
+        return fold(model, teacher, tokens, layers, model.parameters() if weights is None else weights)
+
+
+def changed(model, before):
+    """Names of the parameters that are no longer those of `before`."""
+    own = dict(before.named_parameters())
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, own[name])}
+
+
+def by_hand(inputs, lacking):
+    """The change in fp64, by the largest ridge that gains enough on each fourth window; all `[windows, seq, .]`."""
+
+    def solved(windows, ridge):
+        h, d = inputs[windows].flatten(0, 1), lacking[windows].flatten(0, 1)
+        damping = (ridge * h.pow(2).sum(0).mean()).sqrt() * torch.eye(h.shape[1], dtype=h.dtype)
+        return torch.linalg.lstsq(torch.cat([h, damping]), torch.cat([d, d.new_zeros(h.shape[1], d.shape[1])])).solution
+
+    judging = torch.arange(len(inputs)) % VALIDATION == VALIDATION - 1
+    nothing = lacking[judging].pow(2).sum()
+    gains = {r: nothing - (lacking[judging] - inputs[judging] @ solved(~judging, r)).pow(2).sum() for r in RIDGES}
+    enough = [ridge for ridge, gain in gains.items() if gain >= 0.9 * max(gains.values())]
+    return solved(torch.ones_like(judging), max(enough))
+
+
+@pytest.mark.parametrize(("family", "inner"), [("llama", 48), ("gpt2", 129), ("phi", 49)])
+def test_a_layers_change_is_ridge_regression_on_what_is_lacking(tokens, family, inner):
+    model = build(family).double() if family != "llama" else tiny_llama(8).double()
+    untouched, seen = copy.deepcopy(model), {}
+    module = projections(model, tokens[:1])[2]
+    handle = module.register_forward_hook(lambda _module, args, _output: seen.update(h=args[0].detach()))
+    with bypassed(model, [3, 5]):
+        lacking = states_at(untouched, tokens, [4])[4] - states_at(model, tokens, [4])[4]
+    handle.remove()
+    h, weight = seen["h"], module.weight.detach().clone()
+    if module.bias is not None:
+        h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
+    assert h.shape[2] == inner
+    expected = by_hand(h, lacking)
+    found = folded(model, tokens, [3, 5])
+    got = module.weight.detach() - weight
+    got = got.T if isinstance(module, torch.nn.Linear) else got
+    torch.testing.assert_close(got, expected[: got.shape[0]], rtol=1e-3, atol=1e-5)
+    if module.bias is not None:
+        torch.testing.assert_close(
+            module.bias.detach() - dict(untouched.named_modules())[name_of(model, module)].bias,
+            expected[-1], rtol=1e-3, atol=1e-5,
+        )  # fmt: skip
+    size = states_at(untouched, tokens, [4])[4].pow(2).sum()
+    assert found[2][0] == pytest.approx(float(lacking.pow(2).sum() / size), rel=1e-4)
+    with bypassed(model, [3, 5]):
+        left = states_at(untouched, tokens, [4])[4] - states_at(model, tokens, [4])[4]
+    assert found[2][1] == pytest.approx(float(left.pow(2).sum() / size), rel=1e-4)
+
+
+def name_of(model, wanted):
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+@pytest.mark.parametrize("layers", [[2, 4], [0, 3], [5], [1, 2, 3]])
+def test_every_layer_above_the_gap_comes_nearer_and_nothing_else_changes(llama, tokens, layers):
+    before = copy.deepcopy(llama)
+    found = folded(llama, tokens, layers)
+    kept = [layer for layer in range(6) if layer not in layers]
+    below = max((layer for layer in kept if layer < layers[0]), default=kept[0])
+    assert set(found) <= {layer for layer in kept if layer >= below}
+    assert found
+    assert all(after < first for first, after in found.values())
+    assert changed(llama, before) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in found}
+
+
+def test_text_it_has_not_seen_comes_nearer_too(llama, tokens):
+    fresh = torch.randint(0, 97, (16, 32), generator=torch.Generator().manual_seed(9))
+    before = copy.deepcopy(llama)
+
+    def lacking(model):
+        with bypassed(model, [2, 4]):
+            return float((states_at(before, fresh, [6])[6] - states_at(model, fresh, [6])[6]).pow(2).sum())
+
+    direct = lacking(llama)
+    folded(llama, tokens, [2, 4])
+    assert lacking(llama) < 0.95 * direct
+
+
+def test_a_layer_that_did_nothing_leaves_everything_as_it_was(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[2].self_attn.o_proj.weight.zero_()
+        llama.model.layers[2].mlp.down_proj.weight.zero_()
+    before = copy.deepcopy(llama)
+    assert folded(llama, tokens, [2]) == {}
+    assert changed(llama, before) == set()
+
+
+def test_too_few_windows_to_judge_change_nothing(llama, tokens):
+    before = copy.deepcopy(llama)
+    assert folded(llama, tokens[: VALIDATION - 1], [2]) == {}
+    assert changed(llama, before) == set()
+
+
+FAMILIES = (
+    "bloom",
+    "falcon",
+    "gpt-neox",
+    "gemma2",
+    "gemma3n",
+    "mixtral",
+    "olmo2",
+    "opt, 350m",
+    "phi",
+    "qwen3",
+    "granite",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_every_family_nothing_gets_worse(tokens, family):
+    """Where a norm follows the projection, or a token has several streams, a layer stays as it was."""
+    model = build(family)
+    before, layers = copy.deepcopy(model), [1, 2] if family == "gemma3n" else [3, 5]  # others hold what it shares
+    found = folded(model, tokens, layers)
+    assert all(after < first for first, after in found.values())
+    modules = projections(model, tokens[:1])
+    allowed = {id(p) for layer in found for p in modules[layer].parameters()}
+    named = dict(model.named_parameters())
+    assert {id(named[name]) for name in changed(model, before)} <= allowed
+    if family not in ("gemma2", "gemma3n", "olmo2"):
+        assert len(found) >= 2
+
+
+def test_alone_is_a_stage_2_without_training(llama, tokens):
+    twin, events = copy.deepcopy(llama), []
+    assert transfer(llama, tokens, [2, 4], config(), Events(lambda *event: events.append(event))) == []
+    found = folded(twin, tokens, [2, 4])
+    assert changed(llama, twin) == set()
+    told = next(values for kind, values in events if kind == "folded")["layers"]
+    assert told == {layer: {"before": before, "after": after} for layer, (before, after) in found.items()}
+    assert all(not parameter.requires_grad or parameter.grad is None for parameter in llama.parameters())
+
+
+def test_training_begins_with_the_fold(llama, tokens):
+    losses = {}
+    for fold_setting in ("none", "start"):
+        values = {"fold": fold_setting, "epochs": 1, "lr": 0.0}
+        losses[fold_setting] = transfer(copy.deepcopy(llama), tokens, [2, 4], config(**values))[0]["loss"]
+    assert losses["start"] < 0.9 * losses["none"]
+
+
+def test_only_weights_that_may_be_trained_are_folded(llama, tokens):
+    before = copy.deepcopy(llama)
+    transfer(llama, tokens, [1], config(trainable="neighbours"))
+    assert changed(llama, before) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 2)}
+
+
+def test_in_lower_precision_weights_come_back_in_it(llama, tokens):
+    llama = llama.to(torch.bfloat16)
+    before = copy.deepcopy(llama)
+    transfer(llama, tokens, [2, 4], config())
+    assert not torch.is_autocast_enabled("cpu")
+    assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
+    assert len(changed(llama, before)) >= 3
+
+
+def test_states_that_do_not_fit_are_computed_anew(llama, tokens, monkeypatch):
+    twin = copy.deepcopy(llama)
+    found = folded(llama, tokens, [2, 4])
+    monkeypatch.setattr("trsp_fast.fold.free_memory", lambda *_: 0)
+    for layer, distances in folded(twin, tokens, [2, 4]).items():
+        assert distances == pytest.approx(found[layer], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"gate": "none"}, {"hold": 0.5}])
+def test_a_fold_needs_the_layers_gone(llama, tokens, changes):
+    with pytest.raises(UserError, match=r"transfer.fold is alone but the layers leave later"):
+        config(**changes)
+    events = []
+    settings = config(fold="start", epochs=1, lr=0.0, **changes)
+    transfer(llama, tokens[:4], [2], settings, Events(lambda *event: events.append(event)))
+    assert "folded" not in [kind for kind, _ in events]

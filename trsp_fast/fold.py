@@ -1,0 +1,264 @@
+"""The closed-form start of stage 2: what the cut layers did, folded into projections of the layers that stay.
+
+A decoder layer ends with a projection whose output is added to the residual stream (`down_proj`, `fc2`, `c_proj`). A
+change W of its weight changes the stream by h W, where h is the projection's input. So the W that brings the stream
+nearest to the untouched model's, where the next layer reads it, is a ridge regression. It is solved for one layer after
+the other, from just before the first gap to the last layer, each on the states that the folded layers below hand on:
+two forward passes of the shorter model, and no gradient.
+
+ReplaceMe (arXiv 2505.02819) fits one linear map behind the projection before one removed block. Here the projection's
+own weight is fitted, and that of every later layer too, against what is still lacking there.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trsp_fast.engine.distributed import Group
+from trsp_fast.engine.objective import INFERENCE_BATCH
+from trsp_fast.engine.teacher import Teacher
+from trsp_fast.models.families import layer_stack
+from trsp_fast.models.free_memory import free_memory
+from trsp_fast.models.prefix import Prefix
+
+Projection: TypeAlias = nn.Linear | Conv1D  # weights [hidden, n] and [n, hidden]
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean square of the projection's inputs
+VALIDATION = 4  # one window in so many judges the ridge
+ENOUGH = 0.9  # of what the best ridge gains: the largest that gains so much is taken, since training goes on from there
+STATES_SHARE = 0.25  # of the free memory that the states of all windows may take
+
+
+def fold(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    tokens: Tensor,
+    layers: Sequence[int],
+    weights: Iterable[nn.Parameter],
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
+    group: Group | None = None,
+) -> dict[int, tuple[float, float]]:
+    """Change the projections in place; `layers` must be bypassed, weights that may change in fp32.
+
+    A layer stays as it is where it has no such projection, where that may not change, and where the states came no
+    nearer (behind a norm the projection's output is something else).
+
+    Args:
+        teacher: the untouched model, with its states at `fold_points`.
+        tokens: calibration windows, int64 `[samples, seq]`.
+        layers: those that are cut.
+        weights: the parameters that may change.
+        autocast: of the forward passes.
+        group: processes that share the windows, each with the whole model.
+
+    Returns:
+        By folded layer the squared distance of the states behind it to the untouched model's, relative to the size of
+        these, before and after its own fold.
+    """
+    folding = _Folding(model, teacher, tokens, {id(p) for p in weights}, autocast or nullcontext(), group or Group())
+    found = {layer: folding.fold_one(layer, point) for layer, point in _folds(len(layer_stack(model)), layers)}
+    return {layer: distances for layer, distances in found.items() if distances[1] < distances[0]}
+
+
+def fold_points(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Where states are fitted: see `trsp_fast.engine.teacher.Targets.inputs`."""
+    return [point for _, point in _folds(len(layer_stack(model)), layers)]
+
+
+def projections(model: PreTrainedModel, window: Tensor) -> dict[int, Projection]:
+    """By layer the last linear map in it that writes hidden states, as a forward pass of `window` meets them."""
+    size, handles = model.config.get_text_config(decoder=True).hidden_size, []
+    last: dict[int, Projection] = {}
+
+    def note(index: int) -> Any:
+        def hook(module: Projection, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.dim() == 3 and output.shape[-1] == size and args[0].shape[:2] == output.shape[:2]:
+                last[index] = module
+
+        return hook
+
+    def forget(index: int) -> Any:
+        """Where a token has several streams, nobody knows which of them is written."""
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if (output[0] if isinstance(output, tuple) else output).shape != (*window.shape, size):
+                last.pop(index, None)
+
+        return hook
+
+    for index, layer in enumerate(layer_stack(model).layers):
+        for module in layer.modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point():
+                handles.append(module.register_forward_hook(note(index)))
+        handles.append(layer.register_forward_hook(forget(index)))
+    try:
+        with torch.no_grad():
+            model(input_ids=window, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return last
+
+
+def _folds(total: int, layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(layer that stays, where the states behind it are read), from just before the first gap on."""
+    kept = [layer for layer in range(total) if layer not in layers]
+    pairs = zip(kept, [*kept[1:], total], strict=True)
+    return [(layer, point) for layer, point in pairs if point > min(layers)]
+
+
+class _Sums:
+    """Over tokens a = sum h h^T `[n, n]`, b = sum h d^T `[n, hidden]` and c = sum |d|^2, fp64; d is what is lacking."""
+
+    def __init__(self, inputs: int, outputs: int, place: torch.device) -> None:
+        self.a = torch.zeros(inputs, inputs, dtype=torch.float64, device=place)
+        self.b = torch.zeros(inputs, outputs, dtype=torch.float64, device=place)
+        self.c = torch.zeros((), dtype=torch.float64, device=place)
+
+    def add(self, h: Tensor, d: Tensor) -> None:
+        self.a += (h.T @ h).to(self.a.device)
+        self.b += (h.T @ d).to(self.b.device)
+        self.c += d.double().pow(2).sum().to(self.c.device)
+
+    def solved(self, ridge: float) -> Tensor | None:
+        """The W `[n, hidden]` of least sum |d - h W|^2 + ridge * mean h^2 * |W|^2."""
+        damped = self.a.clone()
+        damped.diagonal().add_(ridge * self.a.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        return None if failed else torch.cholesky_solve(self.b, factor)
+
+    def left(self, change: Tensor) -> float:
+        """sum |d - h W|^2."""
+        return float(self.c - 2 * (change * self.b).sum() + (change * (self.a @ change)).sum())
+
+
+class _Folding:
+    """What goes from layer to layer: the states that enter layer `start`, of this process's windows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher,
+        tokens: Tensor,
+        weights: set[int],
+        autocast: AbstractContextManager[Any],
+        group: Group,
+    ) -> None:
+        self.teacher, self.tokens, self.weights, self.autocast, self.group = teacher, tokens, weights, autocast, group
+        self.device = next(model.parameters()).device
+        self.parts = [rows for rows, _ in group.parts(torch.arange(len(tokens)), INFERENCE_BATCH)]
+        self.prefix, window = Prefix(model), tokens[:1].to(self.device)
+        with autocast:
+            self.projections, self.highest = projections(model, window), self.prefix.highest(window)
+        self.start, self.states = 0, list[Tensor]()
+        self.hidden = model.config.get_text_config(decoder=True).hidden_size
+        needed = 2 * 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # the old ones and the new
+        self.place = _place(needed, self.device)  # None: every pass begins at layer 0
+
+    @torch.no_grad()
+    def fold_one(self, layer: int, point: int) -> tuple[float, float]:
+        """The distance before and after; twice the same number where the layer stays as it is."""
+        module, before = self.projections.get(layer), (self.start, self.states)
+        if module is None or id(module.weight) not in self.weights:
+            self._advance(layer, None)
+            return 0.0, 0.0
+        bias = module.bias if module.bias is not None and id(module.bias) in self.weights else None
+        fitting, judging, size = self._sums(layer, point, module, bias is not None)
+        change, lacking = self._change(fitting, judging), float(fitting.c + judging.c)
+        if change is None:
+            self._advance(layer, None)
+            return lacking / size, lacking / size
+        parameters = [module.weight] if bias is None else [module.weight, bias]
+        old = [parameter.clone() for parameter in parameters]
+        if bias is not None:
+            bias.add_(change[-1])
+            change = change[:-1]
+        module.weight.add_(change.T if isinstance(module, nn.Linear) else change)
+        left = self._advance(layer, point)
+        if left < lacking:
+            return lacking / size, left / size
+        for parameter, value in zip(parameters, old, strict=True):
+            parameter.copy_(value)
+        self.start, self.states = before
+        self._advance(layer, None)
+        return lacking / size, lacking / size
+
+    def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, tokens, and what `layer` hands on for them, a part of the windows at a time."""
+        for index, rows in enumerate(self.parts):
+            tokens = self.tokens[rows].to(self.device)
+            states = self.states[index].to(self.device) if self.start else None
+            with self.autocast:  # which must be over where the sums are made
+                output = self.prefix.entering(tokens, layer + 1, self.start, states)
+            yield rows, tokens, output
+
+    def _target(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+        with self.autocast:
+            return self.teacher.targets(rows, tokens).inputs[point].float()
+
+    def _sums(self, layer: int, point: int, module: Projection, with_bias: bool) -> tuple[_Sums, _Sums, float]:
+        """Of the windows that fit the change and of those that judge the ridge, and sum |target|^2."""
+        taken: dict[str, Tensor] = {}  # of the last pass: a bypass may take one of its own
+        inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0] + with_bias
+        place = _place(6 * 8 * inputs * inputs, self.device) or torch.device("cpu")
+        fitting, judging = (_Sums(inputs, self.hidden, place) for _ in range(2))
+        size = torch.zeros((), dtype=torch.float64, device=self.device)
+        handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))
+        try:
+            for rows, tokens, output in self._outputs(layer):
+                target, h = self._target(rows, tokens, point), taken["h"].float()
+                if with_bias:
+                    h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
+                lacking = target - output.float()
+                size += target.double().pow(2).sum()
+                judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)
+                for sums, chosen in ((fitting, ~judges), (judging, judges)):
+                    sums.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
+        finally:
+            handle.remove()
+        self.group.sum([size, fitting.a, fitting.b, fitting.c, judging.a, judging.b, judging.c])
+        return fitting, judging, float(size)
+
+    def _change(self, fitting: _Sums, judging: _Sums) -> Tensor | None:
+        """W `[n, hidden]` in fp32, by the ridge that the judging windows ask for; None where none serves them.
+
+        The first process solves: another's factorisation may round otherwise.
+        """
+        change = torch.zeros_like(fitting.b, dtype=torch.float32)
+        if self.group.rank == 0:
+            lacking = float(judging.c)
+            gains = {r: lacking - judging.left(w) for r in RIDGES if (w := fitting.solved(r)) is not None}
+            most = max(gains.values(), default=0.0)
+            if most > 0:
+                fitting.a += judging.a
+                fitting.b += judging.b
+                solution = fitting.solved(max(r for r, gain in gains.items() if gain >= ENOUGH * most))
+                if solution is not None:
+                    change.copy_(solution)
+        change = change.to(self.device)
+        self.group.sum([change])
+        return change if bool(change.any()) else None
+
+    def _advance(self, layer: int, point: int | None) -> float:
+        """Go on behind `layer`, as it is now; sum |target - state|^2 there, where a point is given."""
+        left, states = torch.zeros((), dtype=torch.float64, device=self.device), []
+        for rows, tokens, output in self._outputs(layer):
+            if point is not None:
+                left += (self._target(rows, tokens, point) - output.float()).double().pow(2).sum()
+            if self.place is not None:
+                states.append(output.to(self.place))
+        if self.place is not None and layer < self.highest:
+            self.start, self.states = layer + 1, states
+        self.group.sum([left])
+        return float(left)
+
+
+def _place(needed: int, device: torch.device) -> torch.device | None:
+    """Where there is room for so many bytes: on the device, on the host, or nowhere."""
+    places = (device, torch.device("cpu"))
+    return next((place for place in places if needed <= STATES_SHARE * free_memory(place)), None)
