@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trsp_fast.report.comparison import HEAD, sentences, table_rows
+from trsp_fast.report.comparison import HEAD, Summary, sentences, summaries, table_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -138,6 +138,42 @@ def comparison() -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"], content.get("problems", [])))
 
 
+def comparisons() -> str:
+    """Every model and budget that was compared: ours beside the best rival, with and without training."""
+    lines = [
+        "| model | removed | tokens | dense | `trsp` | best rival that trains | `trsp-fold`, untrained "
+        "| best untrained rival |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("compare_*.json")):
+        content = json.loads(file.read_text())
+        found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
+        name = file.stem.removeprefix("compare_").partition("_")[0]
+        for removed in sorted({removed for removed, _ in found if removed}):
+            here = {arm: entry for (count, arm), entry in found.items() if count == removed}
+            trained = [entry for arm, entry in here.items() if is_rival(arm) and entry.tokens]
+            untrained = [entry for arm, entry in here.items() if is_rival(arm) and not entry.tokens]
+            cells = [name, f"{removed} of {content['layers']}", f"{here['trsp'].tokens:,}"]
+            cells += [f"{found[0, 'dense'].perplexity[0]:,.2f}", f"{here['trsp'].perplexity[0]:,.2f}"]
+            cells += [best(trained), best([here["trsp-fold"]] if "trsp-fold" in here else []), best(untrained)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def is_rival(arm: str) -> bool:
+    """Neither ours nor a rival's choice with our stage 2; the published recipe is one."""
+    ours = arm.startswith(("trsp", "cut-trsp", "dense")) or arm.endswith(("-imitate", "-fold"))
+    return arm in ("trsp-paper", "trsp-l1") or not ours
+
+
+def best(entries: list[Summary]) -> str:
+    if not entries:
+        return "-"
+    lowest = min(entries, key=lambda entry: entry.perplexity[0])
+    name = "" if lowest.arm == "trsp-fold" else f" (`{lowest.arm}`)"
+    return f"{lowest.perplexity[0]:,.2f}{name}"
+
+
 def tables() -> str:
     """One table per machine that has results, GPUs first."""
     files = [file for file in sorted(RESULTS.glob("kernels_*.json")) if "fresh_memory" not in file.name]
@@ -193,6 +229,7 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
 
 SECTIONS = {
     "comparison": comparison,
+    "comparisons": comparisons,
     "performance": tables,
     "surgery": surgery,
     "kv cache": kv_cache,

@@ -26,6 +26,7 @@ REPORT = {
         "window_forwards": 1234,
         "rounds": [{"round": 0, "layer": 3, "gate": 0.25, "curvature": 2e-4, "gates": [1.0, 0.5, 0.75, 0.25, None]}],
     },
+    "fold": [{"layer": 2, "before": 0.25, "after": 0.125}],
     "transfer": [
         {"step": 0, "steps": 1, "loss": 2.5, "lm_loss": 2.0, "penalty": 0.5, "D": {"1": 3.5, "3": None},
          "gate": 1.0, "lambda2": 1.0, "lr": 1e-3, "gradient_norm": 1.0}

@@ -1,17 +1,21 @@
 """The closed-form start of stage 2 against ridge regression written out, and that it never does harm."""
 
 import copy
+import json
 
 import pytest
 import torch
 from tiny import tiny_llama
 from zoo import build
 
+import trsp_fast as trsp
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.teacher import InputTap, UntouchedModel
 from trsp_fast.errors import UserError
 from trsp_fast.fold import RIDGES, VALIDATION, fold, fold_points, projections
 from trsp_fast.models.gates import bypassed
+from trsp_fast.models.streamed_verify import verify_streamed
+from trsp_fast.models.verify import require, verify_checkpoints
 from trsp_fast.run.events import Events
 from trsp_fast.transfer import transfer
 
@@ -84,10 +88,10 @@ def test_a_layers_change_is_ridge_regression_on_what_is_lacking(tokens, family, 
             expected[-1], rtol=1e-3, atol=1e-5,
         )  # fmt: skip
     size = states_at(untouched, tokens, [4])[4].pow(2).sum()
-    assert found[2][0] == pytest.approx(float(lacking.pow(2).sum() / size), rel=1e-4)
+    assert found[2].before == pytest.approx(float(lacking.pow(2).sum() / size), rel=1e-4)
     with bypassed(model, [3, 5]):
         left = states_at(untouched, tokens, [4])[4] - states_at(model, tokens, [4])[4]
-    assert found[2][1] == pytest.approx(float(left.pow(2).sum() / size), rel=1e-4)
+    assert found[2].after == pytest.approx(float(left.pow(2).sum() / size), rel=1e-4)
 
 
 def name_of(model, wanted):
@@ -102,7 +106,7 @@ def test_every_layer_above_the_gap_comes_nearer_and_nothing_else_changes(llama, 
     below = max((layer for layer in kept if layer < layers[0]), default=kept[0])
     assert set(found) <= {layer for layer in kept if layer >= below}
     assert found
-    assert all(after < first for first, after in found.values())
+    assert all(one.after < one.before for one in found.values())
     assert changed(llama, before) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in found}
 
 
@@ -155,7 +159,7 @@ def test_in_every_family_nothing_gets_worse(tokens, family):
     model = build(family)
     before, layers = copy.deepcopy(model), [1, 2] if family == "gemma3n" else [3, 5]  # others hold what it shares
     found = folded(model, tokens, layers)
-    assert all(after < first for first, after in found.values())
+    assert all(one.after < one.before for one in found.values())
     modules = projections(model, tokens[:1])
     allowed = {id(p) for layer in found for p in modules[layer].parameters()}
     named = dict(model.named_parameters())
@@ -170,7 +174,11 @@ def test_alone_is_a_stage_2_without_training(llama, tokens):
     found = folded(twin, tokens, [2, 4])
     assert changed(llama, twin) == set()
     told = next(values for kind, values in events if kind == "folded")["layers"]
-    assert told == {layer: {"before": before, "after": after} for layer, (before, after) in found.items()}
+    names = {layer: f"model.layers.{layer}.mlp.down_proj" for layer in found}
+    assert told == [
+        {"layer": layer, "projection": names[layer], "before": one.before, "after": one.after}
+        for layer, one in found.items()
+    ]
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in llama.parameters())
 
 
@@ -201,8 +209,10 @@ def test_states_that_do_not_fit_are_computed_anew(llama, tokens, monkeypatch):
     twin = copy.deepcopy(llama)
     found = folded(llama, tokens, [2, 4])
     monkeypatch.setattr("trsp_fast.fold.free_memory", lambda *_: 0)
-    for layer, distances in folded(twin, tokens, [2, 4]).items():
-        assert distances == pytest.approx(found[layer], rel=1e-4)
+    again = folded(twin, tokens, [2, 4])
+    assert again.keys() == found.keys()
+    for layer, one in again.items():
+        assert (one.before, one.after) == pytest.approx((found[layer].before, found[layer].after), rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"gate": "none"}, {"hold": 0.5}])
@@ -213,3 +223,45 @@ def test_a_fold_needs_the_layers_gone(llama, tokens, changes):
     settings = config(fold="start", epochs=1, lr=0.0, **changes)
     transfer(llama, tokens[:4], [2], settings, Events(lambda *event: events.append(event)))
     assert "folded" not in [kind for kind, _ in events]
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_run_says_what_was_folded(llama, tokens, tmp_path, epochs):
+    llama.save_pretrained(tmp_path / "source")
+    values = {"fold": "alone"} if not epochs else {"epochs": epochs}
+    settings = TRSPConfig.from_dict({"layers": [2, 4], "transfer": values})
+    result = trsp.prune(llama, tokens, settings, out=tmp_path / "out", evaluation=tokens)
+    assert len(result.history["transfer"]) == 8 * epochs
+    folded_layers = [entry["layer"] for entry in result.history["fold"]]
+    assert folded_layers == sorted({1, 3, 5} & set(folded_layers)) != []
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["fold"] == result.history["fold"]
+    assert report["trained"]
+    assert report["tokens"]["trained_on"] == tokens.numel() * epochs
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"folded into {len(folded_layers)} of the others: the hidden states behind layer {folded_layers[-1]}" in page
+    assert ("folded in closed form" in (tmp_path / "out" / "README.md").read_text()) == (not epochs)
+    kept = [0, 1, 3, 5]
+    names = [f"model.layers.{kept.index(layer)}.mlp.down_proj" for layer in folded_layers]
+    assert [entry["projection"] for entry in result.history["fold"]] == names
+    for prove in (verify_checkpoints, verify_streamed):
+        require(prove(tmp_path / "source", tmp_path / "out", [2, 4], trained=True, folded=names))
+        for wrong in ([1, 4], [2, 3]):
+            checks = prove(tmp_path / "source", tmp_path / "out", wrong, trained=True, folded=names)
+            assert not all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("prove", [verify_checkpoints, verify_streamed])
+def test_a_folded_projection_may_be_far_from_its_source_and_no_other(llama, tmp_path, prove):
+    llama.save_pretrained(tmp_path / "source")
+    small = trsp.remove_layers(copy.deepcopy(llama), [2])
+    with torch.no_grad():
+        small.model.layers[1].mlp.down_proj.weight.mul_(-3)
+    small.save_pretrained(tmp_path / "out")
+    folded_name = "model.layers.1.mlp.down_proj"
+    checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded=[folded_name])
+    assert all(check.passed for check in checks)
+    assert "1 folded projections apart" in next(c.detail for c in checks if c.name == "weights are near their source")
+    for other in ([], ["model.layers.2.mlp.down_proj"]):
+        checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded=other)
+        assert [check.name for check in checks if not check.passed] == ["weights are near their source"]

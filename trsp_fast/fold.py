@@ -12,7 +12,7 @@ own weight is fitted, and that of every later layer too, against what is still l
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,16 @@ Projection: TypeAlias = nn.Linear | Conv1D  # weights [hidden, n] and [n, hidden
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean square of the projection's inputs
 VALIDATION = 4  # one window in so many judges the ridge
 ENOUGH = 0.9  # of what the best ridge gains: the largest that gains so much is taken, since training goes on from there
+PART_TOKENS = 8192  # in one pass: the projection's inputs are held in fp32
 STATES_SHARE = 0.25  # of the free memory that the states of all windows may take
+
+
+class Folded(NamedTuple):
+    """One layer's: the squared distance of the states behind it to the untouched model's, relative to their size."""
+
+    projection: Projection
+    before: float
+    after: float
 
 
 def fold(
@@ -42,7 +51,7 @@ def fold(
     *,
     autocast: AbstractContextManager[Any] | None = None,
     group: Group | None = None,
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, Folded]:
     """Change the projections in place; `layers` must be bypassed, weights that may change in fp32.
 
     A layer stays as it is where it has no such projection, where that may not change, and where the states came no
@@ -57,12 +66,11 @@ def fold(
         group: processes that share the windows, each with the whole model.
 
     Returns:
-        By folded layer the squared distance of the states behind it to the untouched model's, relative to the size of
-        these, before and after its own fold.
+        What was done, by folded layer.
     """
     folding = _Folding(model, teacher, tokens, {id(p) for p in weights}, autocast or nullcontext(), group or Group())
     found = {layer: folding.fold_one(layer, point) for layer, point in _folds(len(layer_stack(model)), layers)}
-    return {layer: distances for layer, distances in found.items() if distances[1] < distances[0]}
+    return {layer: folded for layer, folded in found.items() if folded is not None}
 
 
 def fold_points(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
@@ -151,7 +159,8 @@ class _Folding:
     ) -> None:
         self.teacher, self.tokens, self.weights, self.autocast, self.group = teacher, tokens, weights, autocast, group
         self.device = next(model.parameters()).device
-        self.parts = [rows for rows, _ in group.parts(torch.arange(len(tokens)), INFERENCE_BATCH)]
+        batch = max(1, min(INFERENCE_BATCH, PART_TOKENS // tokens.shape[1]))
+        self.parts = [rows for rows, _ in group.parts(torch.arange(len(tokens)), batch)]
         self.prefix, window = Prefix(model), tokens[:1].to(self.device)
         with autocast:
             self.projections, self.highest = projections(model, window), self.prefix.highest(window)
@@ -161,18 +170,18 @@ class _Folding:
         self.place = _place(needed, self.device)  # None: every pass begins at layer 0
 
     @torch.no_grad()
-    def fold_one(self, layer: int, point: int) -> tuple[float, float]:
-        """The distance before and after; twice the same number where the layer stays as it is."""
+    def fold_one(self, layer: int, point: int) -> Folded | None:
+        """None where the layer stays as it is."""
         module, before = self.projections.get(layer), (self.start, self.states)
         if module is None or id(module.weight) not in self.weights:
             self._advance(layer, None)
-            return 0.0, 0.0
+            return None
         bias = module.bias if module.bias is not None and id(module.bias) in self.weights else None
         fitting, judging, size = self._sums(layer, point, module, bias is not None)
         change, lacking = self._change(fitting, judging), float(fitting.c + judging.c)
         if change is None:
             self._advance(layer, None)
-            return lacking / size, lacking / size
+            return None
         parameters = [module.weight] if bias is None else [module.weight, bias]
         old = [parameter.clone() for parameter in parameters]
         if bias is not None:
@@ -181,12 +190,12 @@ class _Folding:
         module.weight.add_(change.T if isinstance(module, nn.Linear) else change)
         left = self._advance(layer, point)
         if left < lacking:
-            return lacking / size, left / size
+            return Folded(module, lacking / size, left / size)
         for parameter, value in zip(parameters, old, strict=True):
             parameter.copy_(value)
         self.start, self.states = before
         self._advance(layer, None)
-        return lacking / size, lacking / size
+        return None
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rows, tokens, and what `layer` hands on for them, a part of the windows at a time."""

@@ -51,7 +51,8 @@ class PruneResult:
 
     removed_layers: ascending.
     model: the pruned model, in the dtypes of the model that came in.
-    history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer).
+    history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer), and `fold`,
+        one per folded layer: layer, the projection's name in `model`, how far the states were `before` and `after`.
     perplexity: on the evaluation tokens: `dense`, `cut` (the chosen layers bypassed before stage 2), `transferred`
         (after stage 2, all layers on, no gates) and `pruned` (the result, reloaded from disk if it was written).
     checks: what was proved about the export.
@@ -309,14 +310,14 @@ class _Run:
             self._measure("cut", self.model, self.group)
         self._compare_layers("before")
         transferred = self._timed("transfer", lambda: self._transfer(removed))
-        if transferred:
+        if transferred or self._folded:
             self._measure("transferred", self.model, self.group)
             self._compare_layers("after")
         if isinstance(self.group, Shards):
             small = self.group.without(self.model, removed)
             return self._finish_divided(selection, transferred, small, stage, tokenizer)
         small = remove_layers(self.model, removed)
-        history = {"select": selection.history, "transfer": transferred}
+        history = {"select": selection.history, "fold": self._folds_in(small), "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
         if self.group.rank:
             self.source.restore(small)
@@ -345,7 +346,7 @@ class _Run:
         self.events.emit("checks", checks=[asdict(check) for check in checks])
         self._measure("pruned", small, self.group)
         self._require_quality()
-        history = {"select": selection.history, "transfer": transferred}
+        history = {"select": selection.history, "fold": self._folds_in(small), "transfer": transferred}
         report = self.group.first(lambda: self._report(selection, history, checks, {}, small, stage))
         return PruneResult(removed, small, history, self.perplexity, checks, report)
 
@@ -470,6 +471,18 @@ class _Run:
             self.model.to(self.device)
             self.streams = False
         return transfer(self.model, self.tokens, removed, self.config, session=self.session)
+
+    @property
+    def _folded(self) -> list[dict[str, Any]]:
+        return self.session.keeper.facts.get("folded", [])
+
+    def _folds_in(self, small: PreTrainedModel) -> list[dict[str, Any]]:
+        """What was folded, by the projections' names in the result, whose parameters are those of the model."""
+        names = {parameter: name for name, parameter in small.named_parameters()}
+        own = dict(self.model.named_parameters())
+        weights = [names[own[f"{entry['projection']}.weight"]] for entry in self._folded]
+        pairs = zip(self._folded, weights, strict=True)
+        return [{**entry, "projection": weight.removesuffix(".weight")} for entry, weight in pairs]
 
     def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
         """Perplexity of a model that all processes of the group have; without one, of this process's own."""

@@ -165,7 +165,13 @@ def _fold(run: _Training, layers: Sequence[int]) -> None:
             run.model, run.teacher, run.tokens, layers, run.weights.values(), autocast=run.masters.autocast, group=group
         )
     run.gates.restore(run.gates.layers)  # the first step decides anew
-    events.emit("folded", layers={layer: {"before": b, "after": a} for layer, (b, a) in found.items()})
+    names = {module: name for name, module in run.model.named_modules()}
+    entries = [
+        {"layer": layer, "projection": names[one.projection], "before": one.before, "after": one.after}
+        for layer, one in found.items()
+    ]
+    run.session.keeper.facts["folded"] = entries  # a resumed run, which does not fold again, has it from there
+    events.emit("folded", layers=entries)
 
 
 def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str) -> Named:

@@ -229,16 +229,17 @@ def verify(
 
     quiet_transformers()
     layers, folder = layer_list(removed), on_disk(checkpoint, revision)
-    if trained is None:
-        report = Path(pruned) / "report.json"
-        trained = read_json(report).get("trained") is True if report.exists() else False
+    report = Path(pruned) / "report.json"
+    told = read_json(report) if report.exists() else {}
+    trained = told.get("trained") is True if trained is None else trained
+    folded = [str(entry["projection"]) for entry in told.get("fold", [])]
     if streaming is None and (streaming := needs_streaming(folder, pruned)):
         say("note: the two models may not fit into memory, so they are read layer by layer.", as_json)
     if not streaming:
         for name in (folder, pruned):
             load_model(name, device="cpu", remote_code=allow_remote_code)
     prove = verify_streamed if streaming else verify_checkpoints
-    checks = prove(folder, pruned, layers, trained=trained, remote_code=allow_remote_code)
+    checks = prove(folder, pruned, layers, trained=trained, folded=folded, remote_code=allow_remote_code)
     if as_json:
         passed = all(check.passed for check in checks)
         print(json.dumps({"passed": passed, "streaming": bool(streaming), "checks": plain(checks)}))

@@ -30,6 +30,7 @@ from trsp_fast.models.verify import (
     generate,
     generation_check,
     logits_check,
+    nearness_check,
     prompt,
     relative_error,
 )
@@ -43,7 +44,13 @@ def needs_streaming(source: str | Path, pruned: str | Path) -> bool:
 
 
 def verify_streamed(
-    source: str | Path, pruned: str | Path, removed: Iterable[int], *, trained: bool, remote_code: bool = False
+    source: str | Path,
+    pruned: str | Path,
+    removed: Iterable[int],
+    *,
+    trained: bool,
+    folded: Iterable[str] = (),
+    remote_code: bool = False,
 ) -> list[Check]:
     """Prove on disk that `pruned` is `source` without the layers `removed`, in the memory of about one layer.
 
@@ -52,7 +59,7 @@ def verify_streamed(
 
     Args:
         source: a folder with config.json and safetensors weights.
-        trained: see `verify_checkpoints`.
+        trained, folded: see `verify_checkpoints`.
         remote_code: run code that the checkpoints bring along.
 
     Raises:
@@ -76,7 +83,7 @@ def verify_streamed(
         odd = after.problems
         checks = [
             Check("reload: no missing, unexpected or mismatched key", not odd, str(odd) if odd else f"{len(new)} keys"),
-            *proof.tensors(trained, before),
+            *proof.tensors(trained, set(folded), before),
         ]
         if odd or not checks[1].passed:  # another model; a changed byte goes on, as its logits may tell more
             return [*checks, stated, *check_shape(before.model, after.model, gone)]
@@ -108,7 +115,7 @@ class _Proof:
         self._sliced = sliced_tensors(fields)
         self.shared = {name: new_name for name, new_name in names.new.items() if new_name in new}
 
-    def tensors(self, trained: bool, before: StreamedModel) -> list[Check]:
+    def tensors(self, trained: bool, folded: set[str], before: StreamedModel) -> list[Check]:
         """Names and shapes; then every byte, or, where weights were trained, where they come from."""
         lost = [name for name in self.names.new if name not in self.shared and not self._is_double(name)]
         first = before.first_used(lost, self.old)
@@ -119,7 +126,7 @@ class _Proof:
         if odd:
             return [shapes]
         if trained:
-            return [shapes, self._descent(), self._nearness()]
+            return [shapes, self._descent(folded), self._nearness(folded)]
         differing = [name for name in self.shared if not self._same(name)]
         detail = f"{len(differing)} differ, {differing[0]} first" if differing else f"{len(self.shared)} tensors"
         return [shapes, Check("reload: every tensor byte-equal", not differing, detail)]
@@ -162,10 +169,12 @@ class _Proof:
             if other.dtype == one.dtype and other.shape == one.shape
         )
 
-    def _nearness(self) -> Check:
+    def _nearness(self, folded: set[str]) -> Check:
         """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
         worst, where = 0.0, ""
-        for name in (name for name in self.shared if len(self.old[name].shape) > 1):
+        for name, new_name in self.shared.items():
+            if len(self.old[name].shape) < 2 or new_name.rpartition(".")[0] in folded:
+                continue
             change = norm = 0.0
             for a, b in side_by_side(self.old[name], self._new(name), self._pieces(name)):
                 change += float((b.double() - a.double()).square().sum())
@@ -173,14 +182,17 @@ class _Proof:
             relative = change**0.5 / max(norm**0.5, 1e-12)
             if not (relative <= worst or math.isnan(worst)):
                 worst, where = relative, name
-        return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {where}")
+        return nearness_check(worst, where, folded)
 
-    def _descent(self) -> Check:
-        """Each layer that stays is nearest, by its largest tensor, to the layer that it should come from."""
+    def _descent(self, folded: set[str]) -> Check:
+        """Each layer that stays is nearest, by its largest tensor but folded ones, to the layer it should come from."""
         sources = [self._layer(self.old, layer) for layer in range(self.count)]
         wrong = []
         for position, own in enumerate(self.kept):
-            end, weight = max(self._layer(self.new, position).items(), key=lambda item: (item[1].elements, item[0]))
+            prefix = f"{self.names.path}.{position}."
+            own_tensors = self._layer(self.new, position).items()
+            others = [item for item in own_tensors if prefix + item[0].rpartition(".")[0] not in folded]
+            end, weight = max(others, key=lambda item: (item[1].elements, item[0]))
             rivals = [layer.get(end) for layer in sources]
             distances = [_distance(weight, rival) for rival in rivals]
             if min(distances) < distances[own]:

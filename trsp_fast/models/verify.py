@@ -92,13 +92,20 @@ _KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_ms
 
 
 def verify_checkpoints(
-    source: str | Path, pruned: str | Path, removed: Iterable[int], *, trained: bool, remote_code: bool = False
+    source: str | Path,
+    pruned: str | Path,
+    removed: Iterable[int],
+    *,
+    trained: bool,
+    folded: Iterable[str] = (),
+    remote_code: bool = False,
 ) -> list[Check]:
     """Prove on disk that `pruned` is `source` without the layers `removed`.
 
     Args:
         trained: the weights were trained before the cut, so that tensors may differ from the source. The architecture
             is then proved with the pruned checkpoint's own weights in the source's layers.
+        folded: projections of `pruned`, by name, whose weights need not be near the source's: trsp_fast.fold.
         remote_code: run code that the checkpoints bring along.
     """
     from transformers import AutoModelForCausalLM
@@ -117,7 +124,7 @@ def verify_checkpoints(
         return [*checks, Check("names and shapes of all tensors", False, f"{len(odd)} differ, {odd[0]} first")]
     if trained and not checks[1].passed:
         checks[1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[1].detail}")
-        checks += [_check_descent(before, after, removed), _check_nearness(expected, after)]
+        checks += [_check_descent(before, after, removed), _check_nearness(expected, after, set(folded))]
         expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
         _put_pieces_back(before, after, removed)
     for model in (before, expected, after):
@@ -244,16 +251,22 @@ def _check_descent(before: PreTrainedModel, after: PreTrainedModel, removed: lis
     return Check("every layer descends from its own", not wrong, wrong[0] if wrong else f"{len(kept)} layers")
 
 
-def _check_nearness(expected: PreTrainedModel, after: PreTrainedModel) -> Check:
+def _check_nearness(expected: PreTrainedModel, after: PreTrainedModel, folded: set[str]) -> Check:
     """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
     worst, name = 0.0, ""
     theirs = dict(after.named_parameters())
     for key, source in expected.named_parameters():
         change = float((theirs[key].detach().float() - source.detach().float()).norm())
         relative = change / max(float(source.detach().float().norm()), 1e-12)
-        if source.dim() > 1 and not (relative <= worst or math.isnan(worst)):
+        if source.dim() > 1 and key.rpartition(".")[0] not in folded and not (relative <= worst or math.isnan(worst)):
             worst, name = relative, key
-    return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {name}")
+    return nearness_check(worst, name, folded)
+
+
+def nearness_check(worst: float, name: str, folded: set[str]) -> Check:
+    """Of the largest relative change of a tensor, but those that were folded."""
+    apart = f"; {len(folded)} folded projections apart" if folded else ""
+    return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {name}{apart}")
 
 
 def _largest_weight(layer: nn.Module) -> Tensor:

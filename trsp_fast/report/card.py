@@ -52,6 +52,11 @@ def _layers(report: dict[str, Any]) -> str:
             f"Before the cut their knowledge was moved into the layers that stay (stage 2): "
             f"{tokens['trained_on']:,} tokens{data} were trained on."
         )
+    elif report.get("fold"):
+        texts.append(
+            "Before the cut what they did was folded in closed form into projections of the layers that stay; nothing "
+            "was trained."
+        )
     elif report["trained"]:
         texts.append(f"All weights learned together with the gates, on {tokens['calibration']:,} tokens{data}.")
     else:

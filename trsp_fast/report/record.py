@@ -23,7 +23,7 @@ class Outcome:
 
     about: what the caller says of model, data and command.
     model: with all layers, as stage 2 left it.
-    history: `select` and `transfer`, one entry per step.
+    history: `select` and `transfer`, one entry per step; `fold`, one per folded layer.
     similarity: cosine of each layer's input and output, `before` and, where it trained, `after` stage 2.
     weight_bytes: `dense`, `pruned` and `checkpoint`, the last one None if nothing was written.
     """
@@ -68,13 +68,15 @@ def report_of(outcome: Outcome) -> dict[str, Any]:
             "speed": outcome.speed,
             "checks": [asdict(check) for check in outcome.checks],
             "proven": all(check.passed for check in outcome.checks),
-            "trained": bool(history["transfer"]) or (bool(history["select"]) and config.select.train_weights),
+            "trained": bool(history["transfer"] or history["fold"])
+            or (bool(history["select"]) and config.select.train_weights),
             "selection": {
                 "method": "given" if config.layers is not None else config.select.method,
                 "window_forwards": selection.window_forwards,
                 "rounds": selection.rounds,
                 "gates": _gates(history["select"]),
             },
+            "fold": history["fold"],
             "transfer": thinned(history["transfer"]),
             "similarity": outcome.similarity,
             "tokens": {

@@ -137,9 +137,9 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
         gate = f", gate {values['gate']:.4f}" if "gate" in values else ""
         return f"  round {values['round'] + 1}: layer {values['layer']}{gate}"
     if kind == "folded" and values["layers"]:
-        last = max(values["layers"])
-        change = " -> ".join(f"{values['layers'][last][when]:.3f}" for when in ("before", "after"))
-        return f"  folded into {len(values['layers'])} layers, distance behind layer {last}: {change}"
+        last = values["layers"][-1]
+        change = f"distance behind layer {last['layer']}: {last['before']:.3f} -> {last['after']:.3f}"
+        return f"  folded into {len(values['layers'])} layers, {change}"
     if kind == "selected":
         return f"layers to remove: {', '.join(map(str, values['layers']))}"
     if kind == "perplexity":
