@@ -172,7 +172,7 @@ class _Folding:
     @torch.no_grad()
     def fold_one(self, layer: int, point: int) -> Folded | None:
         """None where the layer stays as it is."""
-        module, before = self.projections.get(layer), (self.start, self.states)
+        module, entering = self.projections.get(layer), (self.start, self.states)
         if module is None or id(module.weight) not in self.weights:
             self._advance(layer, None)
             return None
@@ -193,7 +193,7 @@ class _Folding:
             return Folded(module, lacking / size, left / size)
         for parameter, value in zip(parameters, old, strict=True):
             parameter.copy_(value)
-        self.start, self.states = before
+        self.start, self.states = entering
         self._advance(layer, None)
         return None
 
@@ -216,7 +216,7 @@ class _Folding:
         inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0] + with_bias
         place = _place(6 * 8 * inputs * inputs, self.device) or torch.device("cpu")
         fitting, judging = (_Sums(inputs, self.hidden, place) for _ in range(2))
-        size = torch.zeros((), dtype=torch.float64, device=self.device)
+        size = torch.zeros((), dtype=torch.float64, device=place)
         handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))
         try:
             for rows, tokens, output in self._outputs(layer):
@@ -224,7 +224,7 @@ class _Folding:
                 if with_bias:
                     h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
                 lacking = target - output.float()
-                size += target.double().pow(2).sum()
+                size += target.double().pow(2).sum().to(place)
                 judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)
                 for sums, chosen in ((fitting, ~judges), (judging, judges)):
                     sums.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
