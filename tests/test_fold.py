@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from tiny import tiny_llama
 from zoo import build
 
 import trsp_fast as trsp
+from trsp_fast import cli
 from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.session import Session
 from trsp_fast.engine.teacher import InputTap, UntouchedModel
 from trsp_fast.errors import UserError
 from trsp_fast.fold import RIDGES, VALIDATION, fold, fold_points, projections
@@ -17,6 +20,7 @@ from trsp_fast.models.gates import bypassed
 from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, verify_checkpoints
 from trsp_fast.run.events import Events
+from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.transfer import transfer
 
 
@@ -138,19 +142,9 @@ def test_too_few_windows_to_judge_change_nothing(llama, tokens):
     assert changed(llama, before) == set()
 
 
-FAMILIES = (
-    "bloom",
-    "falcon",
-    "gpt-neox",
-    "gemma2",
-    "gemma3n",
-    "mixtral",
-    "olmo2",
-    "opt, 350m",
-    "phi",
-    "qwen3",
-    "granite",
-)
+# Those in which something else than a sum comes of every layer's last linear map
+OTHERWISE = ("gemma2", "gemma3n", "mixtral", "olmo2", "opt, 350m")
+FAMILIES = ("bloom", "falcon", "gpt-neox", "gpt2", "granite", "llama4", "opt", "phi", "qwen3", *OTHERWISE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,8 +158,33 @@ def test_in_every_family_nothing_gets_worse(tokens, family):
     allowed = {id(p) for layer in found for p in modules[layer].parameters()}
     named = dict(model.named_parameters())
     assert {id(named[name]) for name in changed(model, before)} <= allowed
-    if family not in ("gemma2", "gemma3n", "olmo2"):
-        assert len(found) >= 2
+    assert bool(found) == (family not in OTHERWISE)
+    if family == "opt":
+        assert all(one.projection is model.model.decoder.layers[layer].fc2 for layer, one in found.items())
+
+
+def test_a_layer_that_scales_what_it_adds_is_folded_with_that_scale(tokens):
+    """Granite's residual multiplier: the same model written without it is folded to the same states."""
+    one, other = build("granite"), build("granite")
+    scale = one.config.residual_multiplier
+    assert scale != 1
+    for layer in other.model.layers:
+        layer.residual_multiplier = 1.0
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            module.weight.data.mul_(scale)
+    first, second = folded(one, tokens, [3, 5]), folded(other, tokens, [3, 5])
+    assert first.keys() == second.keys() != set()
+    for layer, mine in first.items():
+        assert (mine.before, mine.after) == pytest.approx((second[layer].before, second[layer].after), rel=1e-3)
+
+
+def test_a_projection_of_two_layers_is_left_alone(llama, tokens):
+    llama.model.layers[3].mlp.down_proj.weight = llama.model.layers[1].mlp.down_proj.weight
+    before = copy.deepcopy(llama)
+    found = folded(llama, tokens, [2])
+    assert found
+    assert not {1, 3} & set(found)
+    assert "model.layers.1.mlp.down_proj.weight" not in changed(llama, before)
 
 
 def test_alone_is_a_stage_2_without_training(llama, tokens):
@@ -174,9 +193,8 @@ def test_alone_is_a_stage_2_without_training(llama, tokens):
     found = folded(twin, tokens, [2, 4])
     assert changed(llama, twin) == set()
     told = next(values for kind, values in events if kind == "folded")["layers"]
-    names = {layer: f"model.layers.{layer}.mlp.down_proj" for layer in found}
     assert told == [
-        {"layer": layer, "projection": names[layer], "before": one.before, "after": one.after}
+        {"layer": layer, "projection": "mlp.down_proj", "before": one.before, "after": one.after}
         for layer, one in found.items()
     ]
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in llama.parameters())
@@ -240,10 +258,11 @@ def test_a_run_says_what_was_folded(llama, tokens, tmp_path, epochs):
     assert report["tokens"]["trained_on"] == tokens.numel() * epochs
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"folded into {len(folded_layers)} of the others: the hidden states behind layer {folded_layers[-1]}" in page
-    assert ("folded in closed form" in (tmp_path / "out" / "README.md").read_text()) == (not epochs)
-    kept = [0, 1, 3, 5]
-    names = [f"model.layers.{kept.index(layer)}.mlp.down_proj" for layer in folded_layers]
-    assert [entry["projection"] for entry in result.history["fold"]] == names
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "folded in closed form" in card
+    assert ("tokens were trained on" in card) == (epochs > 0)
+    assert {entry["projection"] for entry in result.history["fold"]} == {"mlp.down_proj"}
+    names = dict.fromkeys(folded_layers, "mlp.down_proj")
     for prove in (verify_checkpoints, verify_streamed):
         require(prove(tmp_path / "source", tmp_path / "out", [2, 4], trained=True, folded=names))
         for wrong in ([1, 4], [2, 3]):
@@ -256,12 +275,63 @@ def test_a_folded_projection_may_be_far_from_its_source_and_no_other(llama, tmp_
     llama.save_pretrained(tmp_path / "source")
     small = trsp.remove_layers(copy.deepcopy(llama), [2])
     with torch.no_grad():
-        small.model.layers[1].mlp.down_proj.weight.mul_(-3)
+        small.model.layers[2].mlp.down_proj.weight.mul_(-3)  # layer 3 of the source
     small.save_pretrained(tmp_path / "out")
-    folded_name = "model.layers.1.mlp.down_proj"
-    checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded=[folded_name])
+    checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded={3: "mlp.down_proj", 4: "mlp.no"})
     assert all(check.passed for check in checks)
     assert "1 folded projections apart" in next(c.detail for c in checks if c.name == "weights are near their source")
-    for other in ([], ["model.layers.2.mlp.down_proj"]):
+    for other in (None, {}, {2: "mlp.down_proj"}, {4: "mlp.down_proj"}, {3: "mlp.up_proj"}):
         checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded=other)
         assert [check.name for check in checks if not check.passed] == ["weights are near their source"]
+
+
+def test_where_nothing_can_be_folded_it_says_so(tokens):
+    for model, windows in ((build("gemma3n"), tokens), (tiny_llama(), tokens[: VALIDATION - 1])):
+        before, notes = copy.deepcopy(model), []
+        listener = Events(lambda kind, values, notes=notes: notes.append(values["text"]) if kind == "note" else None)
+        assert transfer(model, windows, [1], config(), listener) == []
+        assert "the fold changed nothing" in notes[-1]
+        assert changed(model, before) == set()
+
+
+def test_no_layers_no_fold(llama, tokens):
+    before = copy.deepcopy(llama)
+    assert transfer(llama, tokens, [], config()) == []
+    assert changed(llama, before) == set()
+
+
+def test_a_wish_to_end_ends_a_fold(llama, tokens):
+    """There is nothing to save in it, so that nothing is waited for."""
+    stop = Stop()
+
+    def ask(kind, _values):
+        if kind == "teacher":
+            stop._receive(signal.SIGTERM, None)
+
+    session = Session(Events(ask), keeper=Keeper(None, 0, stop))
+    with pytest.raises(SystemExit) as end:
+        transfer(llama, tokens, [2], config(), session=session)
+    assert end.value.code == 143
+
+
+@pytest.mark.parametrize(("changes", "most"), [({"fold": "none", "epochs": 0}, 0), ({}, 4)])
+def test_a_fold_of_weights_that_are_not_gone_on_with_is_forgotten(llama, tokens, changes, most):
+    session = Session()
+    session.keeper.facts["folded"] = [{"layer": 0}]
+    transfer(llama, tokens, [2], config(**changes), session=session)
+    entries = session.keeper.facts.get("folded", [])
+    assert {"layer": 0} not in entries
+    assert len(entries) <= most
+
+
+@pytest.mark.parametrize("entries", [None, 5, [1], "x", {"a": 1}, [{}], [{"layer": "x", "projection": "y"}]])
+def test_a_report_without_sense_is_one_sentence(llama, tmp_path, capsys, monkeypatch, entries):
+    for name, model in (("source", llama), ("out", trsp.remove_layers(llama, [2]))):
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "out" / "report.json").write_text(json.dumps({"trained": True, "fold": entries}))
+    command = ["trsp-fast", "verify", str(tmp_path / "source"), str(tmp_path / "out"), "--removed", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "holds no list of folds" in capsys.readouterr().err

@@ -4,12 +4,13 @@ A decoder layer ends with a projection whose output is added to the residual str
 change W of its weight changes the stream by h W, where h is the projection's input. So the W that brings the stream
 nearest to the untouched model's, where the next layer reads it, is a ridge regression. It is solved for one layer after
 the other, from just before the first gap to the last layer, each on the states that the folded layers below hand on:
-two forward passes of the shorter model, and no gradient.
+two forward passes of the shorter model (and two of the teacher for each layer, where its states are not stored).
 
 ReplaceMe (arXiv 2505.02819) fits one linear map behind the projection before one removed block. Here the projection's
 own weight is fitted, and that of every later layer too, against what is still lacking there.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -31,6 +32,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean square of the projection's in
 VALIDATION = 4  # one window in so many judges the ridge
 ENOUGH = 0.9  # of what the best ridge gains: the largest that gains so much is taken, since training goes on from there
 PART_TOKENS = 8192  # in one pass: the projection's inputs are held in fp32
+TOLERANCE = 0.05  # of a layer's output: bf16 states round what is added to them
 STATES_SHARE = 0.25  # of the free memory that the states of all windows may take
 
 
@@ -54,8 +56,8 @@ def fold(
 ) -> dict[int, Folded]:
     """Change the projections in place; `layers` must be bypassed, weights that may change in fp32.
 
-    A layer stays as it is where it has no such projection, where that may not change, and where the states came no
-    nearer (behind a norm the projection's output is something else).
+    A layer stays as it is where it has no such projection (a norm or an MLP follows the last linear map; experts are
+    held in one tensor), where that may not change or is another layer's too, and where the states came no nearer.
 
     Args:
         teacher: the untouched model, with its states at `fold_points`.
@@ -85,7 +87,7 @@ def projections(model: PreTrainedModel, window: Tensor) -> dict[int, Projection]
 
     def note(index: int) -> Any:
         def hook(module: Projection, args: tuple[Any, ...], output: Tensor) -> None:
-            if output.dim() == 3 and output.shape[-1] == size and args[0].shape[:2] == output.shape[:2]:
+            if isinstance(output, Tensor) and output.numel() == window.numel() * size == output[..., 0].numel() * size:
                 last[index] = module
 
         return hook
@@ -115,6 +117,8 @@ def projections(model: PreTrainedModel, window: Tensor) -> dict[int, Projection]
 
 def _folds(total: int, layers: Sequence[int]) -> list[tuple[int, int]]:
     """(layer that stays, where the states behind it are read), from just before the first gap on."""
+    if not layers:
+        return []
     kept = [layer for layer in range(total) if layer not in layers]
     pairs = zip(kept, [*kept[1:], total], strict=True)
     return [(layer, point) for layer, point in pairs if point > min(layers)]
@@ -157,13 +161,15 @@ class _Folding:
         autocast: AbstractContextManager[Any],
         group: Group,
     ) -> None:
-        self.teacher, self.tokens, self.weights, self.autocast, self.group = teacher, tokens, weights, autocast, group
+        self.teacher, self.tokens, self.autocast, self.group = teacher, tokens, autocast, group
         self.device = next(model.parameters()).device
         batch = max(1, min(INFERENCE_BATCH, PART_TOKENS // tokens.shape[1]))
         self.parts = [rows for rows, _ in group.parts(torch.arange(len(tokens)), batch)]
         self.prefix, window = Prefix(model), tokens[:1].to(self.device)
         with autocast:
             self.projections, self.highest = projections(model, window), self.prefix.highest(window)
+        owners = Counter(id(module.weight) for module in self.projections.values())
+        self.weights = {weight for weight in weights if owners[weight] < 2}
         self.start, self.states = 0, list[Tensor]()
         self.hidden = model.config.get_text_config(decoder=True).hidden_size
         needed = 2 * 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # the old ones and the new
@@ -173,11 +179,11 @@ class _Folding:
     def fold_one(self, layer: int, point: int) -> Folded | None:
         """None where the layer stays as it is."""
         module, entering = self.projections.get(layer), (self.start, self.states)
-        if module is None or id(module.weight) not in self.weights:
+        if module is None or id(module.weight) not in self.weights or not (share := self._share(layer, module)):
             self._advance(layer, None)
             return None
         bias = module.bias if module.bias is not None and id(module.bias) in self.weights else None
-        fitting, judging, size = self._sums(layer, point, module, bias is not None)
+        fitting, judging, size = self._sums(layer, point, module, share, bias is not None)
         change, lacking = self._change(fitting, judging), float(fitting.c + judging.c)
         if change is None:
             self._advance(layer, None)
@@ -208,21 +214,47 @@ class _Folding:
 
     def _target(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
         with self.autocast:
-            return self.teacher.targets(rows, tokens).inputs[point].float()
+            return self.teacher.state(rows, tokens, point).float()
 
-    def _sums(self, layer: int, point: int, module: Projection, with_bias: bool) -> tuple[_Sums, _Sums, float]:
+    def _share(self, layer: int, module: Projection) -> float:
+        """The factor with which the layer hands on what its projection gives (Granite's is not 1), found by trying.
+
+        0 where something else comes of it.
+        """
+        window = self.tokens[:1].to(self.device)
+        with self.autocast:
+            plain = self.prefix.entering(window, layer + 1).float()
+        generator = torch.Generator().manual_seed(0)
+        shift = torch.randn(plain.shape, generator=generator).to(self.device) * plain.pow(2).mean().sqrt()
+        hook = lambda _module, _args, output: output + shift.view(output.shape).to(output.dtype)  # noqa: E731
+        with self.autocast:
+            handle = module.register_forward_hook(hook)
+            try:
+                moved = self.prefix.entering(window, layer + 1).float() - plain
+            finally:
+                handle.remove()
+        share = float((moved * shift).sum() / shift.pow(2).sum())
+        is_sum = float((moved - share * shift).norm()) < TOLERANCE * float(moved.norm())
+        share = round(share) if abs(share - round(share)) < TOLERANCE else share
+        return self.group.agree(float(share) if is_sum else 0.0)
+
+    def _sums(
+        self, layer: int, point: int, module: Projection, share: float, with_bias: bool
+    ) -> tuple[_Sums, _Sums, float]:
         """Of the windows that fit the change and of those that judge the ridge, and sum |target|^2."""
         taken: dict[str, Tensor] = {}  # of the last pass: a bypass may take one of its own
         inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0] + with_bias
         place = _place(6 * 8 * inputs * inputs, self.device) or torch.device("cpu")
+        if self.group.highest(int(place.type == "cpu"))[0]:  # where they are summed, all must have them
+            place = torch.device("cpu")
         fitting, judging = (_Sums(inputs, self.hidden, place) for _ in range(2))
         size = torch.zeros((), dtype=torch.float64, device=place)
         handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))
         try:
             for rows, tokens, output in self._outputs(layer):
-                target, h = self._target(rows, tokens, point), taken["h"].float()
+                target, h = self._target(rows, tokens, point), taken["h"].float().view(*tokens.shape, -1) * share
                 if with_bias:
-                    h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
+                    h = torch.cat([h, h.new_full((*tokens.shape, 1), share)], dim=2)
                 lacking = target - output.float()
                 size += target.double().pow(2).sum().to(place)
                 judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)

@@ -40,7 +40,7 @@ from trsp_fast.run.output import RUN, STATE, holds_state, resumable_output, writ
 from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.select import Selection, choose_layers
 from trsp_fast.select.shortgpt import block_influence
-from trsp_fast.transfer import require_room, transfer
+from trsp_fast.transfer import FOLDED, require_room, transfer
 
 SIMILARITY_WINDOWS = 16  # calibration windows on which each layer's input and output are compared, for the report
 
@@ -52,7 +52,7 @@ class PruneResult:
     removed_layers: ascending.
     model: the pruned model, in the dtypes of the model that came in.
     history: `select` and `transfer`, one entry per step (see trsp_fast.select.trsp and trsp_fast.transfer), and `fold`,
-        one per folded layer: layer, the projection's name in `model`, how far the states were `before` and `after`.
+        one per folded layer: layer, the projection's name in it, how far the states were `before` and `after`.
     perplexity: on the evaluation tokens: `dense`, `cut` (the chosen layers bypassed before stage 2), `transferred`
         (after stage 2, all layers on, no gates) and `pruned` (the result, reloaded from disk if it was written).
     checks: what was proved about the export.
@@ -317,7 +317,7 @@ class _Run:
             small = self.group.without(self.model, removed)
             return self._finish_divided(selection, transferred, small, stage, tokenizer)
         small = remove_layers(self.model, removed)
-        history = {"select": selection.history, "fold": self._folds_in(small), "transfer": transferred}
+        history = {"select": selection.history, "fold": self._folded, "transfer": transferred}
         report = self.group.first(lambda: self._prove(selection, history, small, stage, tokenizer))
         if self.group.rank:
             self.source.restore(small)
@@ -346,7 +346,7 @@ class _Run:
         self.events.emit("checks", checks=[asdict(check) for check in checks])
         self._measure("pruned", small, self.group)
         self._require_quality()
-        history = {"select": selection.history, "fold": self._folds_in(small), "transfer": transferred}
+        history = {"select": selection.history, "fold": self._folded, "transfer": transferred}
         report = self.group.first(lambda: self._report(selection, history, checks, {}, small, stage))
         return PruneResult(removed, small, history, self.perplexity, checks, report)
 
@@ -464,9 +464,7 @@ class _Run:
         return streamed_layers(model, self.device) if self.streams else nullcontext()
 
     def _transfer(self, removed: list[int]) -> list[dict[str, Any]]:
-        if not self.config.transfer.happens:
-            return []
-        if self.streams:
+        if self.streams and self.config.transfer.happens:
             require_room(self.model, removed, self.config.transfer, self.device)
             self.model.to(self.device)
             self.streams = False
@@ -474,15 +472,7 @@ class _Run:
 
     @property
     def _folded(self) -> list[dict[str, Any]]:
-        return self.session.keeper.facts.get("folded", [])
-
-    def _folds_in(self, small: PreTrainedModel) -> list[dict[str, Any]]:
-        """What was folded, by the projections' names in the result, whose parameters are those of the model."""
-        names = {parameter: name for name, parameter in small.named_parameters()}
-        own = dict(self.model.named_parameters())
-        weights = [names[own[f"{entry['projection']}.weight"]] for entry in self._folded]
-        pairs = zip(self._folded, weights, strict=True)
-        return [{**entry, "projection": weight.removesuffix(".weight")} for entry, weight in pairs]
+        return self.session.keeper.facts.get(FOLDED, [])
 
     def _measure(self, name: str, model: PreTrainedModel, group: Group | None = None) -> None:
         """Perplexity of a model that all processes of the group have; without one, of this process's own."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trsp_fast.config import TransferConfig, TRSPConfig
 from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
@@ -39,6 +40,7 @@ from trsp_fast.run.events import Events
 from trsp_fast.run.state import State, fitting
 
 _SCALARS = ("loss", "lm_loss", "penalty", "hidden")
+FOLDED = "folded"  # the fact under which a run keeps what was folded
 BATCH = 4  # windows a step by default: many small steps, since few tokens are spent
 
 
@@ -97,41 +99,46 @@ def transfer(
     settings, session = config.transfer, session or Session(events or Events())
     order = WindowOrder(len(tokens), config.data.batch or BATCH, config.seed)
     steps = settings.passes * order.steps_per_pass
+    state = session.keeper.found("transfer") if steps else None
+    if state is None:  # else its weights are folded already
+        session.keeper.facts.pop(FOLDED, None)
     if not settings.happens:
         return []
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    weights, group = trained_weights(model, layers, settings), session.group
+    weights = trained_weights(model, layers, settings)
     if not steps:  # a fold changes nothing else
         weights = _projections_of(model, tokens, weights)
     teacher = _teacher(model, tokens, layers, weights, settings, session) if settings.imitates else None
     for parameter in weights.values():
         parameter.requires_grad_(True)
+    history: list[dict[str, Any]] = []
     try:
         with (
             fp32_weights(model, weights.values()) as masters,
             ExitStack() as during,  # ends after the gates, whose bypasses lie over it
             _gates(model, layers, settings) as gates,
-            session.keeper.steps(),
         ):
-            weights = group.own(weights)
-            optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
-            tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
-            run = _Training(
-                model, teacher, tap, settings, session, gates, tokens, order, steps, masters, weights, optimizer
-            )
-            state = session.keeper.found("transfer")
             if state is None and settings.folds:
-                _fold(run, layers)
+                assert teacher is not None
+                _fold(model, teacher, tokens, gates, weights, masters, session)
             if steps:
-                _train(run, state, config, during)
+                weights = session.group.own(weights)
+                optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
+                tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
+                run = _Training(
+                    model, teacher, tap, settings, session, gates, tokens, order, steps, masters, weights, optimizer
+                )
+                with session.keeper.steps():
+                    _train(run, state, config, during)
+                history = run.history
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         model.train(training)
-    return run.history
+    return history
 
 
 def _train(run: _Training, state: State | None, config: TRSPConfig, during: ExitStack) -> None:
@@ -152,26 +159,44 @@ def _train(run: _Training, state: State | None, config: TRSPConfig, during: Exit
     run.readback.flush()
 
 
-def _fold(run: _Training, layers: Sequence[int]) -> None:
+def _fold(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    tokens: Tensor,
+    gates: LayerGates,
+    weights: Named,
+    masters: Masters,
+    session: Session,
+) -> None:
     """Begin with the fold; with divided weights nobody has the whole projection."""
-    group, events = run.session.group, run.session.events
-    if group.sharded:
-        events.note("transfer.fold is left out: the weights are divided among processes.")
+    if session.group.sharded:
+        session.events.note("transfer.fold is left out: the weights are divided among processes.")
         return
-    assert run.teacher is not None
-    run.gates.bypass(run.gates.layers)
-    with run.gates.neutral():
+    gates.bypass(gates.layers)
+    with gates.neutral():
         found = fold(
-            run.model, run.teacher, run.tokens, layers, run.weights.values(), autocast=run.masters.autocast, group=group
+            model,
+            teacher,
+            tokens,
+            gates.layers,
+            weights.values(),
+            autocast=masters.autocast,
+            group=session.group,
         )
-    run.gates.restore(run.gates.layers)  # the first step decides anew
-    names = {module: name for name, module in run.model.named_modules()}
+    gates.restore(gates.layers)  # the first step decides anew
+    if gates.layers and not found:
+        session.events.note("the fold changed nothing: no projection brings the states of other windows nearer.")
+    stack = layer_stack(model).layers
     entries = [
-        {"layer": layer, "projection": names[one.projection], "before": one.before, "after": one.after}
+        {"layer": layer, "projection": _name_in(stack[layer], one.projection), "before": one.before, "after": one.after}
         for layer, one in found.items()
     ]
-    run.session.keeper.facts["folded"] = entries  # a resumed run, which does not fold again, has it from there
-    events.emit("folded", layers=entries)
+    session.keeper.facts[FOLDED] = entries  # a resumed run, which does not fold again, has it from there
+    session.events.emit("folded", layers=entries)
+
+
+def _name_in(layer: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in layer.named_modules() if module is wanted)
 
 
 def trainable_weights(model: PreTrainedModel, layers: Sequence[int], which: str) -> Named:
@@ -211,9 +236,21 @@ def _projections_of(model: PreTrainedModel, tokens: Tensor, weights: Named) -> N
     return {name: parameter for name, parameter in weights.items() if parameter in found}
 
 
+def _possible_projections(model: PreTrainedModel, weights: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The same as far as shapes tell: of each layer the largest map to hidden states, and its bias."""
+    size, allowed, found = model.config.get_text_config(decoder=True).hidden_size, set(weights), []
+    for layer in layer_stack(model).layers:
+        maps = [m for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)) and size in m.weight.shape]
+        largest = max(maps, key=lambda m: m.weight.numel(), default=None)
+        found += [] if largest is None else [p for p in largest.parameters() if p in allowed]
+    return found
+
+
 def bytes_held(model: PreTrainedModel, layers: Sequence[int], settings: TransferConfig) -> int:
     """What stage 2 holds on the device, in bytes: weights in fp32, teacher, gradients, optimiser; no activations."""
-    trained = trained_weights(model, layers, settings).values()
+    trained = list(trained_weights(model, layers, settings).values())
+    if not settings.passes:
+        trained = _possible_projections(model, trained)
     held = sum(parameter.nbytes for parameter in model.parameters())
     held += sum(parameter.nbytes for parameter in trained) if settings.imitates else 0
     step = 4 + STATE_BYTES[settings.optimizer] if settings.passes else 0
@@ -228,10 +265,11 @@ def require_room(model: PreTrainedModel, layers: Sequence[int], settings: Transf
     """
     needed, free = bytes_held(model, layers, settings), free_memory(device)
     there = sum(p.nbytes for p in model.parameters() if p.device == device)
+    less = "transfer.epochs=0 or transfer.trainable=neighbours" if settings.passes else "transfer.fold=none"
     if needed - there > free:
         raise UserError(
             f"stage 2 trains the weights on {device} and holds {needed / 1e9:.2f} GB there, {(free + there) / 1e9:.2f} "
-            "GB are free; give transfer.epochs=0 or transfer.trainable=neighbours, or use a device with more memory."
+            f"GB are free; give {less}, or use a device with more memory."
         )
 
 

@@ -232,7 +232,10 @@ def verify(
     report = Path(pruned) / "report.json"
     told = read_json(report) if report.exists() else {}
     trained = told.get("trained") is True if trained is None else trained
-    folded = [str(entry["projection"]) for entry in told.get("fold", [])]
+    try:
+        folded = {int(entry["layer"]): str(entry["projection"]) for entry in told.get("fold", [])}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise UserError(f"{str(report)!r} holds no list of folds under fold; give --trained without it.") from None
     if streaming is None and (streaming := needs_streaming(folder, pruned)):
         say("note: the two models may not fit into memory, so they are read layer by layer.", as_json)
     if not streaming:

@@ -136,7 +136,9 @@ class Comparer:
             row["tokens"] = tokens.numel() * config.transfer.passes if steps else 0
         row["seconds_transfer"] = time.perf_counter() - began
         if first:
-            found.evidence[f"{arm.name} {count}"] = self._evidence(selection, before, tokens, row["tokens"] > 0)
+            found.evidence[f"{arm.name} {count}"] = self._evidence(
+                selection, before, tokens, arm.transfer is not None and config.transfer.happens
+            )
         with bypassed(self.model, layers):
             return self._judged(row, self.model)
 

@@ -149,7 +149,7 @@ def divided(processes: Group, model: PreTrainedModel, config: TRSPConfig) -> Gro
 def needed(model: PreTrainedModel, config: TRSPConfig) -> float:
     """Bytes that a whole copy holds all the time in the stage that holds most."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not (config.transfer.happens or config.select.train_weights):
+    if not (config.transfer.passes or config.select.train_weights):
         return parameters * COMPUTE
     teacher = COMPUTE if config.transfer.imitates else 0
     return parameters * (2 * FP32 + STATE_BYTES[config.transfer.optimizer] + teacher)
@@ -168,6 +168,11 @@ def local_size(processes: Replicas) -> int:
 
 
 def _require_possible(config: TRSPConfig) -> None:
+    if config.transfer.fold == "alone":
+        raise UserError(
+            "transfer.fold is alone but with divided weights (run.parallel: fsdp) nothing can be folded; give "
+            "transfer.fold=start with transfer.epochs above 0, or one process."
+        )
     for name, given, wanted in (
         ("run.compile", config.run.compile, False),
         ("run.offload", config.run.offload, "none"),

@@ -41,6 +41,10 @@ class Teacher(Protocol):
         """Of the windows `rows`, int64 `[windows]`, whose tokens are `[windows, seq]` on the device."""
         ...
 
+    def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+        """One of `Targets.inputs`."""
+        ...
+
 
 class InputTap:
     """Inside, what chosen layers of a model are given in its last forward pass, by layer; see `Targets.inputs`."""
@@ -91,6 +95,9 @@ class UntouchedModel:
                 return Targets(None, logits, dict(tap.taken))
             return Targets(hidden_states(self.model, tokens), None, dict(tap.taken))
 
+    def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+        return self.targets(rows, tokens).inputs[point]
+
 
 @dataclass
 class StoredStates:
@@ -111,12 +118,16 @@ class StoredStates:
         self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
 
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
-        indices = rows.to(self.before_head.device)
+        inputs = {point: self.state(rows, tokens, point) for point in self.inputs}
+        return Targets(self._of(rows, self.before_head, tokens.device), None, inputs)
 
-        def there(stored: Tensor) -> Tensor:
-            return stored[indices] if stored.device == tokens.device else rows_on(stored, indices, tokens.device)
+    def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+        return self._of(rows, self.inputs[point], tokens.device)
 
-        return Targets(there(self.before_head), None, {point: there(t) for point, t in self.inputs.items()})
+    @staticmethod
+    def _of(rows: Tensor, stored: Tensor, device: torch.device) -> Tensor:
+        indices = rows.to(stored.device)
+        return stored[indices] if stored.device == device else rows_on(stored, indices, device)
 
 
 def rows_on(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ embeddings and the head.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trsp_fast.models.verify import (
     allowed_error,
     check_shape,
     dtype_check,
+    folded_names,
     generate,
     generation_check,
     logits_check,
@@ -49,7 +50,7 @@ def verify_streamed(
     removed: Iterable[int],
     *,
     trained: bool,
-    folded: Iterable[str] = (),
+    folded: Mapping[int, str] | None = None,
     remote_code: bool = False,
 ) -> list[Check]:
     """Prove on disk that `pruned` is `source` without the layers `removed`, in the memory of about one layer.
@@ -83,7 +84,7 @@ def verify_streamed(
         odd = after.problems
         checks = [
             Check("reload: no missing, unexpected or mismatched key", not odd, str(odd) if odd else f"{len(new)} keys"),
-            *proof.tensors(trained, set(folded), before),
+            *proof.tensors(trained, folded_names(names.path, gone, folded), before),
         ]
         if odd or not checks[1].passed:  # another model; a changed byte goes on, as its logits may tell more
             return [*checks, stated, *check_shape(before.model, after.model, gone)]
@@ -172,8 +173,9 @@ class _Proof:
     def _nearness(self, folded: set[str]) -> Check:
         """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
         worst, where = 0.0, ""
+        apart = {new.rpartition(".")[0] for new in self.shared.values()} & folded
         for name, new_name in self.shared.items():
-            if len(self.old[name].shape) < 2 or new_name.rpartition(".")[0] in folded:
+            if len(self.old[name].shape) < 2 or new_name.rpartition(".")[0] in apart:
                 continue
             change = norm = 0.0
             for a, b in side_by_side(self.old[name], self._new(name), self._pieces(name)):
@@ -182,7 +184,7 @@ class _Proof:
             relative = change**0.5 / max(norm**0.5, 1e-12)
             if not (relative <= worst or math.isnan(worst)):
                 worst, where = relative, name
-        return nearness_check(worst, where, folded)
+        return nearness_check(worst, where, len(apart))
 
     def _descent(self, folded: set[str]) -> Check:
         """Each layer that stays is nearest, by its largest tensor but folded ones, to the layer it should come from."""
@@ -192,7 +194,7 @@ class _Proof:
             prefix = f"{self.names.path}.{position}."
             own_tensors = self._layer(self.new, position).items()
             others = [item for item in own_tensors if prefix + item[0].rpartition(".")[0] not in folded]
-            end, weight = max(others, key=lambda item: (item[1].elements, item[0]))
+            end, weight = max(others or own_tensors, key=lambda item: (item[1].elements, item[0]))
             rivals = [layer.get(end) for layer in sources]
             distances = [_distance(weight, rival) for rival in rivals]
             if min(distances) < distances[own]:

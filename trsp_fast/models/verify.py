@@ -1,7 +1,7 @@
 """The proof that a pruned model is the model with those layers bypassed, in memory and on disk."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def verify_checkpoints(
     removed: Iterable[int],
     *,
     trained: bool,
-    folded: Iterable[str] = (),
+    folded: Mapping[int, str] | None = None,
     remote_code: bool = False,
 ) -> list[Check]:
     """Prove on disk that `pruned` is `source` without the layers `removed`.
@@ -105,7 +105,7 @@ def verify_checkpoints(
     Args:
         trained: the weights were trained before the cut, so that tensors may differ from the source. The architecture
             is then proved with the pruned checkpoint's own weights in the source's layers.
-        folded: projections of `pruned`, by name, whose weights need not be near the source's: trsp_fast.fold.
+        folded: by layer of the source the name in it of a projection that need not be near its source: trsp_fast.fold.
         remote_code: run code that the checkpoints bring along.
     """
     from transformers import AutoModelForCausalLM
@@ -124,7 +124,8 @@ def verify_checkpoints(
         return [*checks, Check("names and shapes of all tensors", False, f"{len(odd)} differ, {odd[0]} first")]
     if trained and not checks[1].passed:
         checks[1] = Check("names and shapes of all tensors", True, f"weights were trained, {checks[1].detail}")
-        checks += [_check_descent(before, after, removed), _check_nearness(expected, after, set(folded))]
+        names = folded_names(layer_path(after), removed, folded)
+        checks += [_check_descent(before, after, removed), _check_nearness(expected, after, names)]
         expected.load_state_dict(after.state_dict())  # shares its parameters with `before`
         _put_pieces_back(before, after, removed)
     for model in (before, expected, after):
@@ -253,20 +254,35 @@ def _check_descent(before: PreTrainedModel, after: PreTrainedModel, removed: lis
 
 def _check_nearness(expected: PreTrainedModel, after: PreTrainedModel, folded: set[str]) -> Check:
     """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
-    worst, name = 0.0, ""
+    worst, name, apart = 0.0, "", set()
     theirs = dict(after.named_parameters())
     for key, source in expected.named_parameters():
+        module = key.rpartition(".")[0]
+        if module in folded:
+            apart.add(module)
+            continue
         change = float((theirs[key].detach().float() - source.detach().float()).norm())
         relative = change / max(float(source.detach().float().norm()), 1e-12)
-        if source.dim() > 1 and key.rpartition(".")[0] not in folded and not (relative <= worst or math.isnan(worst)):
+        if source.dim() > 1 and not (relative <= worst or math.isnan(worst)):
             worst, name = relative, key
-    return nearness_check(worst, name, folded)
+    return nearness_check(worst, name, len(apart))
 
 
-def nearness_check(worst: float, name: str, folded: set[str]) -> Check:
+def nearness_check(worst: float, name: str, folded: int) -> Check:
     """Of the largest relative change of a tensor, but those that were folded."""
-    apart = f"; {len(folded)} folded projections apart" if folded else ""
+    apart = f"; {folded} folded projections apart" if folded else ""
     return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {name}{apart}")
+
+
+def folded_names(path: str, removed: Iterable[int], folded: Mapping[int, str] | None) -> set[str]:
+    """The projections' names in the pruned model, one a layer at most, whose layers are `path`.0, `path`.1, ..."""
+    gone = set(removed)
+    stay = {layer: name for layer, name in (folded or {}).items() if layer not in gone}
+    return {f"{path}.{layer - sum(g < layer for g in gone)}.{name}" for layer, name in stay.items()}
+
+
+def layer_path(model: PreTrainedModel) -> str:
+    return next(name for name, module in model.named_modules() if module is layer_stack(model).layers)
 
 
 def _largest_weight(layer: nn.Module) -> Tensor:

@@ -52,14 +52,13 @@ def _layers(report: dict[str, Any]) -> str:
             f"Before the cut their knowledge was moved into the layers that stay (stage 2): "
             f"{tokens['trained_on']:,} tokens{data} were trained on."
         )
-    elif report.get("fold"):
-        texts.append(
-            "Before the cut what they did was folded in closed form into projections of the layers that stay; nothing "
-            "was trained."
-        )
-    elif report["trained"]:
-        texts.append(f"All weights learned together with the gates, on {tokens['calibration']:,} tokens{data}.")
-    else:
+    elif report["trained"] and report["config"]["select"].get("train_weights") and report["selection"]["rounds"]:
+        windows = min(tokens["windows"], report["config"]["select"]["samples"] or tokens["windows"])
+        learned = windows * tokens["seq_len"]
+        texts.append(f"All weights learned together with the gates, on {learned:,} tokens{data}.")
+    if report.get("fold"):
+        texts.append("What they did was folded in closed form into projections of the layers that stay.")
+    if not report["trained"]:
         texts.append("No weight was trained: the layers that stay have the bytes of the source.")
     texts.append(f"Calibration: {tokens['windows']:,} windows of {tokens['seq_len']:,} tokens{data}.")
     return " ".join(texts)
