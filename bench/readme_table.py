@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from results_page import other_settings
+
 from trsp_fast.report.comparison import HEAD, Summary, sentences, summaries, table_rows
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +150,8 @@ def comparisons() -> str:
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())
         found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
-        name = file.stem.removeprefix("compare_").partition("_")[0]
+        name = file.stem.removeprefix("compare_").replace("_h200", ", H200").partition("_")[0]
+        name += ", older defaults" if other_settings(content["config"]) else ""
         for removed in sorted({removed for removed, _ in found if removed}):
             here = {arm: entry for (count, arm), entry in found.items() if count == removed}
             trained = [entry for arm, entry in here.items() if is_rival(arm) and entry.tokens]

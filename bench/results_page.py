@@ -60,7 +60,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _other_settings(config: dict[str, Any]) -> str:
+def other_settings(config: dict[str, Any]) -> str:
     """Settings of `trsp` that are others than they would be now; passes and learning rate are told anyway."""
     today = TRSPConfig().to_dict()
     fields = [
@@ -82,7 +82,7 @@ def _section(path: Path, values: dict[str, Any]) -> str:
         f"held-out part{other}. torch {versions['torch']}, transformers {versions['transformers']}; "
         f"`{values['command']}` (`bench/results/{path.name}`)."
     )
-    if older := _other_settings(config):
+    if older := other_settings(config):
         facts += f" Not today's defaults: {older}."
     if "note" in values:
         facts += f" {values['note']}"
