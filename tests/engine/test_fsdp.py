@@ -45,10 +45,18 @@ def more(folder):
     return results
 
 
+WITHOUT_FOLD = [name for name in together.SETTINGS if name != "fold"]  # which divided weights leave out
+
+
+def test_a_fold_alone_is_refused_with_divided_weights():
+    with pytest.raises(UserError, match=r"transfer.fold is alone but with divided weights"):
+        sharding._require_possible(TRSPConfig.from_dict({"transfer": {"fold": "alone"}}))
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """What one process finds, one window at a time as divided runs do: Adam shows in which order sums were rounded."""
-    return sharded.runs(together.SETTINGS, tmp_path_factory.mktemp("one"), micro_batch=1)
+    return sharded.runs(WITHOUT_FOLD, tmp_path_factory.mktemp("one"), micro_batch=1)
 
 
 @pytest.mark.parametrize("name", ["default", "paper", pytest.param("sleb", marks=pytest.mark.slow)])
@@ -264,7 +272,7 @@ def test_stage_1_goes_on_with_weights_in_training(tmp_path, one):
 
 @pytest.mark.slow
 def test_four_processes_do_what_one_does(tmp_path, one):
-    codes, results = together.together(4, sharded.runs, tmp_path / "results", together.SETTINGS, tmp_path)
+    codes, results = together.together(4, sharded.runs, tmp_path / "results", WITHOUT_FOLD, tmp_path)
     assert codes == [0] * 4
     for result in results:
         for name, want in one.items():
