@@ -25,6 +25,8 @@ transfer_module = importlib.import_module("trsp_fast.transfer")  # the package h
 PLAIN = {
     "objective": "lm",
     "hidden": 0.0,
+    "hidden_schedule": "constant",
+    "fold": "none",
     "gate": "none",
     "lambda2": 0.0,
     "epochs": 2,
@@ -322,7 +324,7 @@ def test_gate_schedule(hold, expected):
 def test_hidden_schedule(llama, tokens):
     fall = TransferConfig(hidden=2.0, hidden_schedule="fall")
     assert [hidden_at(fall, s, 4) for s in range(4)] == [2, 1.5, 1, 0.5]
-    assert hidden_at(TransferConfig(hidden=2.0), 3, 4) == 2
+    assert hidden_at(TransferConfig(hidden=2.0, hidden_schedule="constant"), 3, 4) == 2
     settings = {"objective": "distill", "hidden": 2.0, "gate": "anneal", "hold": 1.0, "lr": 0.0, "epochs": 2}
     runs = [transfer(llama, tokens, [2], config(**settings, hidden_schedule=s)) for s in ("constant", "fall")]
     shares = [fell["hidden"] / constant["hidden"] for constant, fell in zip(*runs, strict=True)]
