@@ -62,7 +62,7 @@ def _summary(removed: int, arm: str, mine: list[dict[str, Any]], rows: Sequence[
         difference_other=_differences(paired, ours, "perplexity_other") if other else None,
         tokens=mine[0]["tokens"],
         seconds=statistics.median(row["seconds"] for row in mine),
-        seconds_transfer=statistics.median(row["seconds_transfer"] for row in mine),
+        seconds_transfer=statistics.median(row["seconds_transfer"] or 0.0 for row in mine),
         window_forwards=statistics.mean(row["window_forwards"] for row in mine),
         tasks={task: statistics.mean(row["tasks"][task] for row in mine) for task in scores},
     )
@@ -154,7 +154,7 @@ def _time(here: list[Summary]) -> list[str]:
     """Our stage 2 against training on the language model loss alone, which sees as many tokens."""
     ours = next((s for s in here if s.arm == OURS), None)
     plain = next((s for s in here if s.arm == "lm-then-cut"), None)
-    if ours is None or plain is None or not plain.seconds_transfer:
+    if ours is None or plain is None or not (ours.seconds_transfer and plain.seconds_transfer):  # null: not comparable
         return []
     share = ours.seconds_transfer / plain.seconds_transfer
     return [f"Training as trsp does takes {share:.2f} times as long as lm-then-cut on as many tokens."]
