@@ -6,13 +6,17 @@ python bench/compare_all.py --page-only
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from results_page import RESULTS, write_page
 
@@ -36,25 +40,34 @@ def run(name: str, arguments: argparse.Namespace) -> None:
         print(f"{name}: {model} or {data} is not there; left out")
         return
     command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
-    command += ["--num-layers", arguments.num_layers] if arguments.num_layers else ["--ratio", arguments.ratio]
     command += ["--eval-data", other] if other and Path(other).exists() else []
     command += [part for setting in arguments.set for part in ("--set", setting)]
     out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
-    seeds = arguments.seeds.split(",")
-    shares = [arguments.seeds] if arguments.jobs == 1 else seeds
-    folders = [out if share == arguments.seeds else out.with_name(f"{name}-seed{share}") for share in shares]
+    amount, amounts = "--ratio", arguments.ratio
+    if arguments.num_layers:
+        amount, amounts = "--num-layers", arguments.num_layers
+    shares = [(arguments.seeds, amounts)]
+    if arguments.jobs > 1:
+        shares = [(seed, one) for seed in arguments.seeds.split(",") for one in amounts.split(",")]
+    folders = [out.with_name(f"{name}-{index}") for index in range(len(shares))] if len(shares) > 1 else [out]
+    ends = time.monotonic() + arguments.budget if arguments.budget else math.inf
 
-    def compare(share: str, folder: Path) -> None:
-        if (folder / "comparison.json").exists():  # of an interrupted run of this script
+    def compare(share: tuple[str, str], folder: Path) -> None:
+        left = ends - time.monotonic()
+        if (folder / "comparison.json").exists() or left <= 0:  # the first: of an interrupted run of this script
             return
-        subprocess.run([*command, "--seeds", share, "--out", str(folder), "--resume"], check=True)
+        asked = ["--seeds", share[0], amount, share[1], "--out", str(folder), "--resume"]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, *asked], check=True, timeout=None if math.isinf(left) else left)
 
     with ThreadPoolExecutor(arguments.jobs) as threads:
         list(threads.map(compare, shares, folders))
-    merged = [json.loads((folder / "comparison.json").read_text()) for folder in folders]
-    for kind in ("arms", "problems"):
-        merged[0][kind] = [entry for values in merged for entry in values[kind]]
-    text = json.dumps(merged[0]).replace(str(SHARED), "../shared/data")
+    finished = [folder for folder in folders if (folder / "comparison.json").exists()]
+    print(f"{name}: {len(finished)} of {len(folders)} comparisons are finished")
+    if not finished:
+        return
+    merged = _joined([json.loads((folder / "comparison.json").read_text()) for folder in finished])
+    text = json.dumps(merged).replace(str(SHARED), "../shared/data")
     if name in arguments.folder:
         text = text.replace(json.dumps(model)[1:-1], name)
     values = json.loads(text)
@@ -67,9 +80,23 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     values["command"] = command_line
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
-    for folder in folders:
+    for folder in finished:
         shutil.rmtree(folder)
     print(target)
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One comparison of several seeds and amounts; what removes nothing is in each of a seed's, and told once."""
+    joined = parts[0]
+    for kind in ("arms", "problems"):
+        once: dict[tuple[str, int, int], dict[str, Any]] = {}
+        for entry in (entry for part in parts for entry in part[kind]):
+            once.setdefault((entry["arm"], entry["seed"], entry["removed"]), entry)
+        joined[kind] = list(once.values())
+    first = joined["arms"][0]["seed"]
+    for part in (part for part in parts if part["arms"][0]["seed"] == first):
+        joined["evidence"] |= part["evidence"]
+    return joined
 
 
 def main() -> None:
@@ -85,7 +112,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="as of trsp-fast compare")
     parser.add_argument("--suffix", default="", help="of the results file, for another budget of the same subject")
     parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")
-    parser.add_argument("--jobs", type=int, default=1, help="more than 1: every seed in a process, so many at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="more than 1: every seed and amount in a process, so many at a time"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="then stop, with what is finished; the rest stays in --out"
+    )
     parser.add_argument("--page-only", action="store_true", help="write docs/results.md from what is there")
     arguments = parser.parse_args()
     arguments.folder = dict(pair.split("=", 1) for pair in arguments.model)

@@ -357,26 +357,64 @@ def test_the_page_of_results_is_in_step():
             assert (results_page.PLOTS / f"{path.stem}-{plot.name}.svg").exists()
 
 
-def test_seeds_side_by_side_are_one_result(tmp_path, monkeypatch):
+@pytest.fixture
+def comparisons(tmp_path, monkeypatch):
+    """Run compare_all.py with these words, over comparisons that say what was asked; seed 9 takes 2 seconds."""
     monkeypatch.setattr(compare_all, "RESULTS", tmp_path)
     monkeypatch.setattr(compare_all, "write_page", lambda: "page")
     started = []
 
-    def compare(command, check):
-        out, seeds = (command[command.index(name) + 1] for name in ("--out", "--seeds"))
-        started.append(seeds)
+    def compare(command, check, timeout):
+        out, seeds, ratios = (command[command.index(name) + 1] for name in ("--out", "--seeds", "--ratio"))
+        started.append((seeds, ratios))
+        if seeds == "9" and timeout is not None and timeout < 2:
+            raise subprocess.TimeoutExpired(command, timeout)
         Path(out).mkdir(parents=True)
-        rows = [{"arm": "trsp", "seed": int(seed), "model": str(tmp_path)} for seed in seeds.split(",")]
-        (Path(out) / "comparison.json").write_text(json.dumps({"arms": rows, "problems": [], "model": str(tmp_path)}))
+        rows = [
+            {"arm": arm, "seed": int(seed), "removed": removed}
+            for seed in seeds.split(",")
+            for arm, removed in [("dense", 0), *(("trsp", round(8 * float(ratio))) for ratio in ratios.split(","))]
+        ]
+        evidence = {f"trsp {row['removed']}": seeds for row in rows if row["removed"]}
+        values = {"arms": rows, "problems": [], "model": str(tmp_path), "evidence": evidence}
+        (Path(out) / "comparison.json").write_text(json.dumps(values))
+
+    def run(*words):
+        started.clear()
+        more = ["--subjects", "", "--model", f"small={tmp_path}", "--out", str(tmp_path / "parts"), *words]
+        monkeypatch.setattr(sys, "argv", ["compare_all.py", *more])
+        compare_all.main()
+        path = tmp_path / "compare_small.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     monkeypatch.setattr(compare_all.subprocess, "run", compare)
-    for jobs, calls in (("3", ["0", "1", "2"]), ("1", ["0,1,2"])):
-        started.clear()
-        words = ["--subjects", "", "--model", f"small={tmp_path}", "--jobs", jobs, "--out", str(tmp_path / jobs)]
-        monkeypatch.setattr(sys, "argv", ["compare_all.py", *words])
-        compare_all.main()
-        assert sorted(started) == calls
-        found = json.loads((tmp_path / "compare_small.json").read_text())
-        assert [row["seed"] for row in found["arms"]] == [0, 1, 2]
-        assert found["model"] == "small"
-        assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs}")
+    run.started = started
+    return run
+
+
+ROWS = [(arm, seed, removed) for seed in (0, 1, 2) for arm, removed in (("dense", 0), ("trsp", 2), ("trsp", 4))]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "calls"),
+    [("3", [(seed, ratio) for seed in "012" for ratio in ("0.25", "0.5")]), ("1", [("0,1,2", "0.25,0.5")])],
+)
+def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
+    found = comparisons("--jobs", jobs, "--ratio", "0.25,0.5")
+    assert sorted(comparisons.started) == calls
+    assert [(row["arm"], row["seed"], row["removed"]) for row in found["arms"]] == ROWS
+    assert found["evidence"] == dict.fromkeys(("trsp 2", "trsp 4"), calls[0][0])
+    assert found["model"] == "small"
+    assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs} --ratio 0.25,0.5")
+
+
+def test_comparisons_that_take_too_long_are_left_out(comparisons, capsys):
+    found = comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
+    assert {row["seed"] for row in found["arms"]} == {1}
+    assert "1 of 2 comparisons are finished" in capsys.readouterr().out
+    assert {row["seed"] for row in comparisons("--jobs", "2", "--seeds", "1,9")["arms"]} == {1, 9}
+
+
+def test_no_comparison_begins_after_its_budget(comparisons):
+    assert comparisons("--budget", "1e-9") is None
+    assert comparisons.started == []

@@ -46,6 +46,7 @@ def comparer(model=None, events=None, **changes):
 
 def test_core_is_what_the_readme_says_and_every_method_has_its_arms():
     assert [arm.name for arm in chosen_arms("core")] == ["dense", *CORE]
+    assert [arm.name for arm in chosen_arms("core, trsp-fold")] == ["dense", *CORE, "trsp-fold"]
     assert {arm.name for arm in chosen_arms("all")} == set(ARMS)
     for method in METHODS:
         assert {f"cut-{method}-lm", f"cut-{method}-distill", "trsp-untrained" if method == "trsp" else method} <= set(

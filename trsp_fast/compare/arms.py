@@ -91,14 +91,15 @@ def chosen_arms(names: str | Iterable[str]) -> list[Arm]:
     """The arms by name, `dense` first: it is what all others are measured against.
 
     Args:
-        names: `core`, `all`, or names with commas or one by one.
+        names: with commas or one by one; `core` and `all` stand for many.
 
     Raises:
         UserError: there is no such arm.
     """
     if isinstance(names, str):
-        names = {"core": list(CORE), "all": list(ARMS)}.get(names, [name.strip() for name in names.split(",")])
-    wanted = list(dict.fromkeys(["dense", *names]))
+        names = [name.strip() for name in names.split(",")]
+    groups = {"core": CORE, "all": tuple(ARMS)}
+    wanted = list(dict.fromkeys(["dense", *(one for name in names for one in groups.get(name, (name,)))]))
     for name in wanted:
         if name not in ARMS:
             raise UserError(f"there is no arm {name!r}; give core, all, or some of {', '.join(ARMS)}.")
