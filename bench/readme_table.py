@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from results_page import other_settings
+from results_page import other_settings, quarter
 
 from trsp_fast.report.comparison import HEAD, Summary, sentences, summaries, table_rows
 
@@ -128,21 +128,23 @@ def speeds() -> str:
 
 
 def comparison() -> str:
-    """The arms on the built-in model, best first, and what their numbers say."""
+    """The arms on the built-in model at a quarter of its layers, best first, and what their numbers say."""
     content = json.loads((RESULTS / "compare_demo.json").read_text())
-    rows = content["arms"]
+    rows = [row for row in content["arms"] if row["removed"] in (0, quarter(content))]
+    problems = [one for one in content.get("problems", []) if one["removed"] in (0, quarter(content))]
     columns = [
         HEAD.index(name) for name in ("arm", "removed layers", "perplexity", "other domain", "minus trsp, paired")
     ]
     table = [HEAD, *table_rows(rows)]
     lines = ["| " + " | ".join(row[column] for column in columns) + " |" for row in table]
     lines.insert(1, "|" + "---|" * len(columns))
-    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"], content.get("problems", [])))
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"], problems))
 
 
 def comparisons() -> str:
     """Every model and budget that was compared: ours beside the best rival, with and without training."""
-    lines = [
+    lines: dict[tuple[str, int, int], str] = {}
+    head = [
         "| model | removed | tokens | dense | `trsp` | best rival that trains | `trsp-fold`, untrained "
         "| best untrained rival |",
         "|---|---|---|---|---|---|---|---|",
@@ -150,7 +152,8 @@ def comparisons() -> str:
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())
         found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
-        name = file.stem.removeprefix("compare_").replace("_h200", ", H200").partition("_")[0]
+        name, *more = file.stem.removeprefix("compare_").split("_")
+        name += ", H200" if "h200" in more else ""
         name += ", older defaults" if other_settings(content["config"]) else ""
         for removed in sorted({removed for removed, _ in found if removed}):
             here = {arm: entry for (count, arm), entry in found.items() if count == removed}
@@ -159,8 +162,8 @@ def comparisons() -> str:
             cells = [name, f"{removed} of {content['layers']}", f"{here['trsp'].tokens:,}"]
             cells += [f"{found[0, 'dense'].perplexity[0]:,.2f}", f"{here['trsp'].perplexity[0]:,.2f}"]
             cells += [best(trained), best([here["trsp-fold"]] if "trsp-fold" in here else []), best(untrained)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines[name, removed, here["trsp"].tokens] = "| " + " | ".join(cells) + " |"
+    return "\n".join([*head, *(lines[key] for key in sorted(lines))])
 
 
 def is_rival(arm: str) -> bool:

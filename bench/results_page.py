@@ -6,7 +6,7 @@ from typing import Any
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.report.comparison import markdown
-from trsp_fast.report.comparison_page import plots
+from trsp_fast.report.comparison_page import Plot, plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -40,9 +40,11 @@ Small models say little about large ones: nothing here was measured on a model a
 def write_page() -> Path:
     """Write docs/results.md and its plots; the page's path."""
     PLOTS.mkdir(exist_ok=True)
+    for old in PLOTS.glob("compare_*.svg"):
+        old.unlink()
     PAGE.write_text(page(), encoding="utf-8")
     for path in sorted(RESULTS.glob("compare_*.json")):
-        for plot in plots(json.loads(path.read_text())):
+        for plot in shown_plots(json.loads(path.read_text())):
             target = PLOTS / f"{path.stem}-{plot.name}.svg"
             target.write_text(plot.svg.replace("currentColor", "#6b7280") + "\n", encoding="utf-8")
     return PAGE
@@ -51,8 +53,8 @@ def write_page() -> Path:
 def page() -> str:
     """The page's text."""
     parts, about = [INTRODUCTION], {}
-    for path in sorted(RESULTS.glob("compare_*.json")):
-        values = json.loads(path.read_text())
+    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob("compare_*.json")]
+    for path, values in sorted(found, key=lambda one: (one[0].stem.split("_")[1], trained_tokens(one[1]))):
         about |= values["about_arms"]
         parts.append(_section(path, values))
     rows = [f"| `{name}` | {text} |" for name, text in about.items()]
@@ -60,11 +62,31 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def trained_tokens(values: dict[str, Any]) -> int:
+    """What every arm that trains was trained on."""
+    return max(row["tokens"] for row in values["arms"])
+
+
+def quarter(values: dict[str, Any]) -> int:
+    """Of the numbers of layers that were removed the one nearest to a quarter of all."""
+    counts = {row["removed"] for row in values["arms"] if row["removed"]}
+    return min(counts, key=lambda count: (abs(count - values["layers"] / 4), count))
+
+
+def shown_plots(values: dict[str, Any]) -> list[Plot]:
+    """Those of all amounts together, and the insides of the runs at about a quarter of the layers."""
+    about = {key: found for key, found in values["evidence"].items() if key.endswith(f" {quarter(values)}")}
+    return plots({**values, "evidence": about})
+
+
 def other_settings(config: dict[str, Any]) -> str:
-    """Settings of `trsp` that are others than they would be now; passes and learning rate are told anyway."""
+    """Settings of `trsp` that are others than they would be now, but for the budget, which is told anyway."""
     today = TRSPConfig().to_dict()
     fields = [
-        (group, name) for group in ("select", "transfer") for name in today[group] if name not in ("epochs", "lr")
+        (group, name)
+        for group in ("select", "transfer")
+        for name in today[group]
+        if name not in ("epochs", "lr", "samples")
     ]
     then = {(group, name): config[group].get(name, BEFORE.get(name)) for group, name in fields}
     return ", ".join(
@@ -74,11 +96,11 @@ def other_settings(config: dict[str, Any]) -> str:
 
 def _section(path: Path, values: dict[str, Any]) -> str:
     config, rows, versions = values["config"], values["arms"], values["versions"]
-    trained = max(row["tokens"] for row in rows)
+    passes, trained = config["transfer"]["epochs"], f"{trained_tokens(values):,} tokens"
     other = f", another domain {values['evaluation_data']}" if values["evaluation_data"] else ""
     facts = (
-        f"{values['layers']} layers; calibrated on {values['data']}, {trained:,} tokens in "
-        f"{config['transfer']['epochs']} passes at learning rate {config['transfer']['lr']:g}; evaluated on its "
+        f"{values['layers']} layers; calibrated on {values['data']}, {trained} in {passes} "
+        f"pass{'es' if passes > 1 else ''} at learning rate {config['transfer']['lr']:g}; evaluated on its "
         f"held-out part{other}. torch {versions['torch']}, transformers {versions['transformers']}; "
         f"`{values['command']}` (`bench/results/{path.name}`)."
     )
@@ -87,8 +109,7 @@ def _section(path: Path, values: dict[str, Any]) -> str:
     if "note" in values:
         facts += f" {values['note']}"
     images = "\n\n".join(
-        f"{plot.caption}:\n\n![{plot.name}](plots/{path.stem}-{plot.name}.svg)" for plot in plots(values)
+        f"{plot.caption}:\n\n![{plot.name}](plots/{path.stem}-{plot.name}.svg)" for plot in shown_plots(values)
     )
-    return (
-        f"## {values['model']}\n\n{facts}\n\n{markdown(rows, values['layers'], values.get('problems', []))}\n{images}\n"
-    )
+    tables = markdown(rows, values["layers"], values.get("problems", []))
+    return f"## {values['model']}, {trained}\n\n{facts}\n\n{tables}\n{images}\n"

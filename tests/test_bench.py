@@ -353,8 +353,12 @@ def test_the_step_bench_measures_memory_in_processes_of_their_own(tmp_path, monk
 def test_the_page_of_results_is_in_step():
     assert results_page.PAGE.read_text() == results_page.page()
     for path in results_page.RESULTS.glob("compare_*.json"):
-        for plot in results_page.plots(json.loads(path.read_text())):
+        values = json.loads(path.read_text())
+        for plot in results_page.shown_plots(values):
             assert (results_page.PLOTS / f"{path.stem}-{plot.name}.svg").exists()
+            assert plot.name in ("quality", "seconds", "layers") or plot.name.endswith(
+                f"-{results_page.quarter(values)}"
+            )
 
 
 @pytest.fixture

@@ -254,6 +254,16 @@ def test_markdown_has_a_line_per_arm(found):
     assert sum(line.startswith("| laco") for line in text.splitlines()) == 2
 
 
+def test_every_amount_has_its_own_table(found):
+    problem = {"arm": "laco", "seed": 0, "removed": 2, "reason": "too few layers"}
+    first, second = markdown(found.rows, 6, [problem]).split("**2 of 6")
+    assert "**1 of 6" in first
+    assert "No row" not in first
+    assert "No row: laco, 2 layers, seed 0: too few layers." in second
+    assert [line.count("| dense |") for line in first.splitlines()].count(1) == 2  # of both tables
+    assert markdown([row for row in found.rows if not row["removed"]], 6).count("| dense |") == 1
+
+
 # ---- on disk
 
 

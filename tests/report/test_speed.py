@@ -190,7 +190,8 @@ SHORT = ("--batch", 2, "--new-tokens", 2, "--prompt", 4, "--rounds", 1)
 
 
 def test_a_shape_is_measured_with_and_without_layers(run):
-    code, text, error = run("speed", "--shape", "tiny", "--ratio", "0.25,0.5", "--static-cache", "--json", *SHORT)
+    words = ("--shape", "tiny", "--ratio", "0.25,0.5", "--static-cache", "--device", "cpu", "--json", *SHORT)
+    code, text, error = run("speed", *words)
     assert (code, error) == (0, "")
     found = json.loads(text)
     names = ["tiny", "tiny without 1 of 4 layers", "tiny without 2 of 4 layers"]

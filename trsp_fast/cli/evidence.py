@@ -171,7 +171,7 @@ def compare(
     from trsp_fast.compare.runner import layer_counts
     from trsp_fast.config import TRSPConfig
     from trsp_fast.data import check_source
-    from trsp_fast.report.comparison import sentences, table_head, table_rows
+    from trsp_fast.report.comparison import by_amount, sentences, table_head, table_rows
     from trsp_fast.report.record import versions
     from trsp_fast.run.output import check_output
 
@@ -217,9 +217,10 @@ def compare(
     if as_json:
         print(json.dumps(found))
         return
-    table(table_head(found["arms"]), table_rows(found["arms"]))
-    text = "\n".join(sentences(found["arms"], found["layers"], found["problems"])).replace("**", "")
-    print(f"{text}\ntable, page and numbers: {out}")
+    for some, without in by_amount(found["arms"], found["problems"]):
+        table(table_head(some), table_rows(some))
+        print("\n".join(sentences(some, found["layers"], without)).replace("**", ""))
+    print(f"table, page and numbers: {out}")
 
 
 def _comparer(loaded: Any, tokenizer: Any, data: str, eval_data: str | None, config: Any, as_json: bool) -> Any:

@@ -200,9 +200,26 @@ def table_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return (*HEAD, *(rows[0].get("tasks") or {})) if rows else HEAD
 
 
+def by_amount(
+    rows: Sequence[dict[str, Any]], problems: Sequence[dict[str, Any]] = ()
+) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Rows and problems for each number of removed layers; those of arms that remove nothing are in all of them."""
+    counts = sorted({entry["removed"] for entry in (*rows, *problems) if entry["removed"]}) or [0]
+    return [
+        (
+            [row for row in rows if row["removed"] in (0, count)],
+            [one for one in problems if one["removed"] in (0, count)],
+        )
+        for count in counts
+    ]
+
+
 def markdown(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dict[str, Any]] = ()) -> str:
-    """The table and what it says, as Markdown."""
+    """A table for each number of removed layers and what it says, as Markdown."""
     head = table_head(rows)
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(rows)]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, layers, problems)) + "\n"
+    parts = []
+    for some, without in by_amount(rows, problems):
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(some)]
+        parts += ["\n".join(lines), *sentences(some, layers, without)]
+    return "\n\n".join(parts) + "\n"

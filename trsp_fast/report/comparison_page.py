@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from trsp_fast.report.comparison import sentences, summaries, table_head, table_rows
+from trsp_fast.report.comparison import by_amount, sentences, summaries, table_head, table_rows
 from trsp_fast.report.html import settings, template
 from trsp_fast.report.plots import (
     gates_by_step,
@@ -23,8 +23,10 @@ def write_page(values: dict[str, Any], path: Path) -> None:
     page = template("comparison.html.j2").render(
         c=values,
         head=table_head(rows),
-        rows=table_rows(rows),
-        sentences=[_bold(text) for text in sentences(rows, layers, values.get("problems", []))],
+        tables=[
+            (table_rows(some), [_bold(text) for text in sentences(some, layers, without)])
+            for some, without in by_amount(rows, values.get("problems", []))
+        ],
         plots=[(plot.caption, Markup(plot.svg)) for plot in plots(values)],
         settings=settings(values),
     )
