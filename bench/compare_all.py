@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from results_page import RESULTS, write_page
+from results_page import RESULTS, shown_evidence, write_page
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -78,6 +78,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     for subject, folder in arguments.folder.items():
         command_line = command_line.replace(shlex.quote(f"{subject}={folder}"), f"{subject}=FOLDER")
     values["command"] = command_line
+    values["evidence"] = shown_evidence(values)
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     for folder in finished:

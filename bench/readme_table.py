@@ -145,9 +145,9 @@ def comparisons() -> str:
     """Every model and budget that was compared: ours beside the best rival, with and without training."""
     lines: dict[tuple[str, int, int], str] = {}
     head = [
-        "| model | removed | tokens | dense | `trsp` | best rival that trains | `trsp-fold`, untrained "
+        "| model | removed | tokens | seeds | dense | `trsp` | best rival that trains | `trsp-fold`, untrained "
         "| best untrained rival |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())
@@ -160,6 +160,7 @@ def comparisons() -> str:
             trained = [entry for arm, entry in here.items() if is_rival(arm) and entry.tokens]
             untrained = [entry for arm, entry in here.items() if is_rival(arm) and not entry.tokens]
             cells = [name, f"{removed} of {content['layers']}", f"{here['trsp'].tokens:,}"]
+            cells.append(str(here["trsp"].seeds))
             cells += [f"{found[0, 'dense'].perplexity[0]:,.2f}", f"{here['trsp'].perplexity[0]:,.2f}"]
             cells += [best(trained), best([here["trsp-fold"]] if "trsp-fold" in here else []), best(untrained)]
             lines[name, removed, here["trsp"].tokens] = "| " + " | ".join(cells) + " |"

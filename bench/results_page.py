@@ -6,7 +6,7 @@ from typing import Any
 
 from trsp_fast.config import TRSPConfig
 from trsp_fast.report.comparison import markdown
-from trsp_fast.report.comparison_page import Plot, plots
+from trsp_fast.report.comparison_page import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -44,7 +44,7 @@ def write_page() -> Path:
         old.unlink()
     PAGE.write_text(page(), encoding="utf-8")
     for path in sorted(RESULTS.glob("compare_*.json")):
-        for plot in shown_plots(json.loads(path.read_text())):
+        for plot in plots(json.loads(path.read_text())):
             target = PLOTS / f"{path.stem}-{plot.name}.svg"
             target.write_text(plot.svg.replace("currentColor", "#6b7280") + "\n", encoding="utf-8")
     return PAGE
@@ -73,10 +73,9 @@ def quarter(values: dict[str, Any]) -> int:
     return min(counts, key=lambda count: (abs(count - values["layers"] / 4), count))
 
 
-def shown_plots(values: dict[str, Any]) -> list[Plot]:
-    """Those of all amounts together, and the insides of the runs at about a quarter of the layers."""
-    about = {key: found for key, found in values["evidence"].items() if key.endswith(f" {quarter(values)}")}
-    return plots({**values, "evidence": about})
+def shown_evidence(values: dict[str, Any]) -> dict[str, Any]:
+    """The insides of the runs at about a quarter of the layers: the others would be too many for a page."""
+    return {key: found for key, found in values["evidence"].items() if key.endswith(f" {quarter(values)}")}
 
 
 def other_settings(config: dict[str, Any]) -> str:
@@ -109,7 +108,7 @@ def _section(path: Path, values: dict[str, Any]) -> str:
     if "note" in values:
         facts += f" {values['note']}"
     images = "\n\n".join(
-        f"{plot.caption}:\n\n![{plot.name}](plots/{path.stem}-{plot.name}.svg)" for plot in shown_plots(values)
+        f"{plot.caption}:\n\n![{plot.name}](plots/{path.stem}-{plot.name}.svg)" for plot in plots(values)
     )
     tables = markdown(rows, values["layers"], values.get("problems", []))
     return f"## {values['model']}, {trained}\n\n{facts}\n\n{tables}\n{images}\n"

@@ -15,7 +15,7 @@ from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.teacher import InputTap, UntouchedModel
 from trsp_fast.errors import UserError
-from trsp_fast.fold import RIDGES, VALIDATION, fold, fold_points, projections
+from trsp_fast.fold import RIDGES, VALIDATION, _Folding, fold, fold_points, projections
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, verify_checkpoints
@@ -134,6 +134,28 @@ def test_a_layer_that_did_nothing_leaves_everything_as_it_was(llama, tokens):
     before = copy.deepcopy(llama)
     assert folded(llama, tokens, [2]) == {}
     assert changed(llama, before) == set()
+
+
+def test_a_change_that_brings_nothing_nearer_is_taken_back(llama, tokens, monkeypatch):
+    """The layers above go on as if it had never been made."""
+    other, original, calls = copy.deepcopy(llama), _Folding._change, []
+
+    def first(instead):
+        def change(folding, fitting, judging):
+            calls.append(instead)
+            return instead(fitting.b) if calls.count(instead) == 1 else original(folding, fitting, judging)
+
+        return change
+
+    monkeypatch.setattr(_Folding, "_change", first(lambda b: 10 * torch.ones_like(b, dtype=torch.float32)))
+    found = folded(llama, tokens, [2, 4])
+    monkeypatch.setattr(_Folding, "_change", first(lambda _b: None))
+    assert found == {
+        layer: one._replace(projection=found[layer].projection) for layer, one in folded(other, tokens, [2, 4]).items()
+    }
+    assert set(found) <= {3, 5}
+    assert found
+    assert changed(llama, other) == set()
 
 
 def test_too_few_windows_to_judge_change_nothing(llama, tokens):
