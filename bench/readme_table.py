@@ -5,6 +5,7 @@ python bench/readme_table.py [--check]
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -144,6 +145,7 @@ def comparison() -> str:
 def comparisons() -> str:
     """Every model and budget that was compared: ours beside the best rival, with and without training."""
     lines: dict[tuple[str, int, int], str] = {}
+    lost: list[str] = []
     head = [
         "| model | removed | tokens | seeds | dense | `trsp` | best rival that trains | `trsp-fold`, untrained "
         "| best untrained rival |",
@@ -164,7 +166,17 @@ def comparisons() -> str:
             cells += [f"{found[0, 'dense'].perplexity[0]:,.2f}", f"{here['trsp'].perplexity[0]:,.2f}"]
             cells += [best(trained), best([here["trsp-fold"]] if "trsp-fold" in here else []), best(untrained)]
             lines[name, removed, here["trsp"].tokens] = "| " + " | ".join(cells) + " |"
-    return "\n".join([*head, *(lines[key] for key in sorted(lines))])
+            lost += [f"`{arm}` ({name}, {removed} layers)" for arm in not_beaten(content["arms"], removed)]
+    said = f"not than {', '.join(lost)}" if lost else "in all rows"
+    table = "\n".join([*head, *(lines[key] for key in sorted(lines))])
+    return f"{table}\n\n`trsp` is better than every rival with every seed {said}."
+
+
+def not_beaten(rows: list[dict[str, Any]], removed: int) -> list[str]:
+    """The rivals that are as good as `trsp` with some seed, the arms of 0 removed layers apart."""
+    here = [row for row in rows if row["removed"] == removed and row["layers"]]
+    ours = {row["seed"]: row["perplexity"] for row in here if row["arm"] == "trsp"}
+    return sorted({r["arm"] for r in here if is_rival(r["arm"]) and r["perplexity"] <= ours.get(r["seed"], math.inf)})
 
 
 def is_rival(arm: str) -> bool:

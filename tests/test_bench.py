@@ -361,6 +361,21 @@ def test_the_page_of_results_is_in_step():
             )
 
 
+def test_a_rival_that_wins_with_one_seed_is_named():
+    rows = [
+        {"arm": arm, "seed": seed, "removed": 2, "layers": [1, 2], "perplexity": perplexity}
+        for arm, perplexities in {
+            "trsp": (10, 10),
+            "sleb": (11, 10),
+            "laco": (11, 12),
+            "cut-sleb-imitate": (9, 9),
+        }.items()
+        for seed, perplexity in enumerate(perplexities)
+    ]
+    assert readme_table.not_beaten(rows, 2) == ["sleb"]
+    assert readme_table.not_beaten(rows, 3) == []
+
+
 @pytest.fixture
 def comparisons(tmp_path, monkeypatch):
     """Run compare_all.py with these words, over comparisons that say what was asked; seed 9 takes 2 seconds."""

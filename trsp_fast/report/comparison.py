@@ -161,8 +161,8 @@ def _time(here: list[Summary]) -> list[str]:
 
 
 def _range(values: tuple[float, float, float]) -> str:
-    mean, low, high = values
-    return f"{mean:,.2f}" if low == high else f"{mean:,.2f} ({low:,.2f} to {high:,.2f})"
+    mean, low, high = (f"{value:,.2f}" for value in values)
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _signed(values: tuple[float, float, float] | None) -> str:
