@@ -88,6 +88,16 @@ def test_what_a_state_cannot_become_is_one_sentence(tmp_path, at, settings, mess
         prune(out, settings=config(**settings), accept_changes=True, resume=True)
 
 
+def test_what_is_folded_is_not_folded_again(tmp_path):
+    """The weights of the state are folded already; the report has it from there."""
+    out, before, heard = tmp_path / "out", [], []
+    interrupted(out, heard=before)
+    found = prune(out, resume=True, heard=heard)
+    (folded,) = [values["layers"] for kind, values in before if kind == "folded"]
+    assert [kind for kind, _ in heard if kind in ("folded", "resumed")] == ["resumed"]
+    assert found.report["fold"] == folded
+
+
 def test_a_round_goes_on_from_its_middle_with_the_curvature_that_it_had(tmp_path):
     """A mean over the round's steps: without those before the interruption other layers may go."""
     settings = config(select={"steps_per_round": 4}, transfer={"epochs": 0})
