@@ -137,7 +137,7 @@ part_quality() {
         --batch 64 --steps 1000 --out "$model" ${TRAIN:-} || return
     time_left "$1" "the comparison" || return
     timeout $left "$PYTHON" bench/compare_all.py --subjects "" --model "llama-16=$model" --arms core \
-        --seeds 0,1,2,3,4 --ratio 0.125,0.25,0.375,0.5 --jobs 5 --budget $((left - 10)) --suffix "_$gpu" ${QUALITY:-} || return
+        --seeds 0,1,2,3,4 --ratio 0.125,0.25,0.375,0.5 --jobs 5 --budget $((left > 60 ? left - 30 : left / 2)) --suffix "_$gpu" ${QUALITY:-} || return
     [ bench/results -ef "$OUT" ] || cp bench/results/compare_llama-16_*"$gpu"*.json "$OUT"
 }
 

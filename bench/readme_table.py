@@ -167,7 +167,7 @@ def comparisons() -> str:
             cells += [best(trained), best([here["trsp-fold"]] if "trsp-fold" in here else []), best(untrained)]
             lines[name, removed, here["trsp"].tokens] = "| " + " | ".join(cells) + " |"
             lost += [f"`{arm}` ({name}, {removed} layers)" for arm in not_beaten(content["arms"], removed)]
-    said = f"not than {', '.join(lost)}" if lost else "in all rows"
+    said = f"but {', '.join(lost)}" if lost else "in all rows"
     table = "\n".join([*head, *(lines[key] for key in sorted(lines))])
     return f"{table}\n\n`trsp` is better than every rival with every seed {said}."
 
