@@ -33,12 +33,16 @@ SUBJECTS: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-def run(name: str, arguments: argparse.Namespace) -> None:
-    """One subject into bench/results/compare_NAME.json, without paths of this machine."""
+def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
+    """One subject into bench/results/compare_NAME.json, without paths of this machine; whether anything is there.
+
+    Args:
+        ends: when to stop, by `time.monotonic`.
+    """
     model, data, other = SUBJECTS.get(name) or (arguments.folder[name], "demo", SUBJECTS["demo"][2])
     if not all(source == "demo" or Path(source).exists() for source in (model, data)):
         print(f"{name}: {model} or {data} is not there; left out")
-        return
+        return True
     command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
     command += ["--eval-data", other] if other and Path(other).exists() else []
     command += [part for setting in arguments.set for part in ("--set", setting)]
@@ -50,7 +54,6 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     if arguments.jobs > 1:
         shares = [(seed, one) for seed in arguments.seeds.split(",") for one in amounts.split(",")]
     folders = [out.with_name(f"{name}-{index}") for index in range(len(shares))] if len(shares) > 1 else [out]
-    ends = time.monotonic() + arguments.budget if arguments.budget else math.inf
 
     def compare(share: tuple[str, str], folder: Path) -> None:
         left = ends - time.monotonic()
@@ -65,7 +68,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     finished = [folder for folder in folders if (folder / "comparison.json").exists()]
     print(f"{name}: {len(finished)} of {len(folders)} comparisons are finished")
     if not finished:
-        return
+        return False
     merged = _joined([json.loads((folder / "comparison.json").read_text()) for folder in finished])
     text = json.dumps(merged).replace(str(SHARED), "../shared/data")
     if name in arguments.folder:
@@ -81,14 +84,17 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     values["evidence"] = shown_evidence(values)
     target = RESULTS / f"compare_{name}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
-    for folder in finished:
+    for folder in finished if len(finished) == len(folders) else ():  # else the next call joins them again
         shutil.rmtree(folder)
     print(target)
+    return True
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One comparison of several seeds and amounts; what removes nothing is in each of a seed's, and told once."""
     joined = parts[0]
+    if any(part.get(what) != joined.get(what) for part in parts for what in ("config", "about_arms")):
+        sys.exit("the folder of --out holds comparisons with other settings or arms; give another one.")
     for kind in ("arms", "problems"):
         once: dict[tuple[str, int, int], dict[str, Any]] = {}
         for entry in (entry for part in parts for entry in part[kind]):
@@ -121,11 +127,21 @@ def main() -> None:
     )
     parser.add_argument("--page-only", action="store_true", help="write docs/results.md from what is there")
     arguments = parser.parse_args()
+    for pair in arguments.model:
+        if not Path(pair.partition("=")[2] or "no folder").is_dir():
+            parser.error(f"--model is {pair!r}; give a name, = and a folder that is there.")
     arguments.folder = dict(pair.split("=", 1) for pair in arguments.model)
-    if not arguments.page_only:
-        for name in [*arguments.folder, *filter(None, arguments.subjects.split(","))]:
-            run(name, arguments)
+    names = [*arguments.folder, *filter(None, arguments.subjects.split(","))]
+    for name in names:
+        if name not in arguments.folder and name not in SUBJECTS:
+            parser.error(f"there is no subject {name!r}; give some of {', '.join(SUBJECTS)}, or --model.")
+    ends = time.monotonic() + arguments.budget if arguments.budget else math.inf
+    try:
+        found = arguments.page_only or all([run(name, arguments, ends) for name in names])
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"a comparison ended with {error.returncode}, for the reason above; what is finished stays in --out.")
     print(write_page())
+    sys.exit(not found)
 
 
 if __name__ == "__main__":

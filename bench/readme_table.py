@@ -13,7 +13,7 @@ from typing import Any
 
 from results_page import other_settings, quarter
 
-from trsp_fast.report.comparison import HEAD, Summary, sentences, summaries, table_rows
+from trsp_fast.report.comparison import HEAD, Summary, amount, sentences, summaries, table_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -131,7 +131,7 @@ def speeds() -> str:
 def comparison() -> str:
     """The arms on the built-in model at a quarter of its layers, best first, and what their numbers say."""
     content = json.loads((RESULTS / "compare_demo.json").read_text())
-    rows = [row for row in content["arms"] if row["removed"] in (0, quarter(content))]
+    rows = [row for row in content["arms"] if amount(row) in (0, quarter(content))]
     problems = [one for one in content.get("problems", []) if one["removed"] in (0, quarter(content))]
     columns = [
         HEAD.index(name) for name in ("arm", "removed layers", "perplexity", "other domain", "minus trsp, paired")

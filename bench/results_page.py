@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_fast.config import TRSPConfig
-from trsp_fast.report.comparison import markdown
+from trsp_fast.report.comparison import amount, markdown
 from trsp_fast.report.comparison_page import plots
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def trained_tokens(values: dict[str, Any]) -> int:
 
 def quarter(values: dict[str, Any]) -> int:
     """Of the numbers of layers that were removed the one nearest to a quarter of all."""
-    counts = {row["removed"] for row in values["arms"] if row["removed"]}
+    counts = {amount(row) for row in values["arms"]} - {0}
     return min(counts, key=lambda count: (abs(count - values["layers"] / 4), count))
 
 

@@ -390,7 +390,7 @@ def comparisons(tmp_path, monkeypatch):
             raise subprocess.TimeoutExpired(command, timeout)
         Path(out).mkdir(parents=True)
         rows = [
-            {"arm": arm, "seed": int(seed), "removed": removed}
+            {"arm": arm, "seed": int(seed), "removed": removed, "layers": list(range(removed))}
             for seed in seeds.split(",")
             for arm, removed in [("dense", 0), *(("trsp", round(8 * float(ratio))) for ratio in ratios.split(","))]
         ]
@@ -402,7 +402,9 @@ def comparisons(tmp_path, monkeypatch):
         started.clear()
         more = ["--subjects", "", "--model", f"small={tmp_path}", "--out", str(tmp_path / "parts"), *words]
         monkeypatch.setattr(sys, "argv", ["compare_all.py", *more])
-        compare_all.main()
+        with pytest.raises(SystemExit) as end:
+            compare_all.main()
+        run.code = end.value.code
         path = tmp_path / "compare_small.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -427,13 +429,48 @@ def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
     assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs} --ratio 0.25,0.5")
 
 
-def test_comparisons_that_take_too_long_are_left_out(comparisons, capsys):
+def test_comparisons_that_take_too_long_are_left_out_and_done_later(comparisons, capsys, tmp_path):
     found = comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
     assert {row["seed"] for row in found["arms"]} == {1}
     assert "1 of 2 comparisons are finished" in capsys.readouterr().out
-    assert {row["seed"] for row in comparisons("--jobs", "2", "--seeds", "1,9")["arms"]} == {1, 9}
+    found = comparisons("--jobs", "2", "--seeds", "1,9")
+    assert comparisons.started == [("9", "0.25")]
+    assert {row["seed"] for row in found["arms"]} == {1, 9}
+    assert list((tmp_path / "parts").glob("small-*")) == []
+    assert comparisons.code == 0
+
+
+def test_comparisons_with_other_settings_are_not_joined(comparisons, tmp_path):
+    comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
+    path = next((tmp_path / "parts").parent.glob("parts/small-*/comparison.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"seed": 5}}))
+    comparisons("--jobs", "2", "--seeds", "1,9")
+    assert comparisons.code == "the folder of --out holds comparisons with other settings or arms; give another one."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "small"), "--model is 'small'; give a name, = and a folder that is there."),
+        (("--model", "small=/nowhere"), "--model is 'small=/nowhere'; give a name"),
+        (("--subjects", "foo"), "there is no subject 'foo'; give some of demo, stories260K, or --model."),
+    ],
+)
+def test_mistakes_in_asking_for_comparisons_are_one_sentence(comparisons, capsys, words, said):
+    comparisons(*words)
+    assert (comparisons.code, comparisons.started) == (2, [])
+    assert said in capsys.readouterr().err
+
+
+def test_a_comparison_that_fails_ends_all(comparisons, monkeypatch):
+    def fails(command, check, timeout):
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(compare_all.subprocess, "run", fails)
+    comparisons("--seeds", "1")
+    assert comparisons.code.startswith("a comparison ended with 2")
 
 
 def test_no_comparison_begins_after_its_budget(comparisons):
     assert comparisons("--budget", "1e-9") is None
-    assert comparisons.started == []
+    assert (comparisons.code, comparisons.started) == (1, [])

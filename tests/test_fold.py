@@ -209,6 +209,15 @@ def test_a_projection_of_two_layers_is_left_alone(llama, tokens):
     assert "model.layers.1.mlp.down_proj.weight" not in changed(llama, before)
 
 
+def test_a_bias_of_two_layers_is_left_alone_and_their_weights_are_not(tokens):
+    model = build("gpt2")
+    model.transformer.h[3].mlp.c_proj.bias = model.transformer.h[1].mlp.c_proj.bias
+    before = copy.deepcopy(model)
+    assert {1, 3} <= set(folded(model, tokens, [2]))
+    assert "transformer.h.1.mlp.c_proj.bias" not in changed(model, before)
+    assert "transformer.h.1.mlp.c_proj.weight" in changed(model, before)
+
+
 def test_alone_is_a_stage_2_without_training(llama, tokens):
     twin, events = copy.deepcopy(llama), []
     assert transfer(llama, tokens, [2, 4], config(), Events(lambda *event: events.append(event))) == []
@@ -301,18 +310,36 @@ def test_a_folded_projection_may_be_far_from_its_source_and_no_other(llama, tmp_
     small.save_pretrained(tmp_path / "out")
     checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded={3: "mlp.down_proj", 4: "mlp.no"})
     assert all(check.passed for check in checks)
-    assert "1 folded projections apart" in next(c.detail for c in checks if c.name == "weights are near their source")
+    detail = next(c.detail for c in checks if c.name == "weights are near their source")
+    assert "at most 0.00, " in detail
+    assert "of 1 folded ones at most 4.00, " in detail
     for other in (None, {}, {2: "mlp.down_proj"}, {4: "mlp.down_proj"}, {3: "mlp.up_proj"}):
         checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded=other)
         assert [check.name for check in checks if not check.passed] == ["weights are near their source"]
 
 
+@pytest.mark.parametrize("prove", [verify_checkpoints, verify_streamed])
+@pytest.mark.parametrize("value", [5.0, float("nan")])
+def test_a_folded_projection_is_not_anything_at_all(llama, tmp_path, prove, value):
+    llama.save_pretrained(tmp_path / "source")
+    small = trsp.remove_layers(copy.deepcopy(llama), [2])
+    with torch.no_grad():
+        small.model.layers[2].mlp.down_proj.weight.fill_(value)
+    small.save_pretrained(tmp_path / "out")
+    checks = prove(tmp_path / "source", tmp_path / "out", [2], trained=True, folded={3: "mlp.down_proj"})
+    assert "weights are near their source" in [check.name for check in checks if not check.passed]
+
+
 def test_where_nothing_can_be_folded_it_says_so(tokens):
-    for model, windows in ((build("gemma3n"), tokens), (tiny_llama(), tokens[: VALIDATION - 1])):
+    cases = (
+        (build("gemma3n"), tokens, "the fold changed nothing"),
+        (tiny_llama(), tokens[: VALIDATION - 1], "every 4th window judges it, and there are 3; set data.samples to 4"),
+    )
+    for model, windows, said in cases:
         before, notes = copy.deepcopy(model), []
         listener = Events(lambda kind, values, notes=notes: notes.append(values["text"]) if kind == "note" else None)
         assert transfer(model, windows, [1], config(), listener) == []
-        assert "the fold changed nothing" in notes[-1]
+        assert said in notes[-1]
         assert changed(model, before) == set()
 
 

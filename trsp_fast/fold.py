@@ -168,7 +168,7 @@ class _Folding:
         self.prefix, window = Prefix(model), tokens[:1].to(self.device)
         with autocast:
             self.projections, self.highest = projections(model, window), self.prefix.highest(window)
-        owners = Counter(id(module.weight) for module in self.projections.values())
+        owners = Counter(id(p) for module in self.projections.values() for p in module.parameters())
         self.weights = {weight for weight in weights if owners[weight] < 2}
         self.start, self.states = 0, list[Tensor]()
         self.hidden = model.config.get_text_config(decoder=True).hidden_size

@@ -29,7 +29,7 @@ from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
 from trsp_fast.errors import UserError
-from trsp_fast.fold import fold, fold_points, projections
+from trsp_fast.fold import VALIDATION, fold, fold_points, projections
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
@@ -171,6 +171,12 @@ def _fold(
     """Begin with the fold; with divided weights nobody has the whole projection."""
     if session.group.sharded:
         session.events.note("transfer.fold is left out: the weights are divided among processes.")
+        return
+    if len(tokens) < VALIDATION:
+        session.events.note(
+            f"transfer.fold is left out: every {VALIDATION}th window judges it, and there are {len(tokens)}; set "
+            f"data.samples to {VALIDATION} or more."
+        )
         return
     gates.bypass(gates.layers)
     with gates.neutral():

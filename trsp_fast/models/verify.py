@@ -19,6 +19,7 @@ from trsp_fast.models.gathering import is_divided
 from trsp_fast.models.removal import remove_layers
 
 PROMPT, GENERATED = 12, 12  # tokens; short of any context, long enough for wrong cache slots to show
+FOLDED_CHANGE = 10.0  # the most that a folded projection may have changed, in its norm; 2.5 was seen
 GENERATION = "cached = uncached generation"
 
 
@@ -254,24 +255,26 @@ def _check_descent(before: PreTrainedModel, after: PreTrainedModel, removed: lis
 
 def _check_nearness(expected: PreTrainedModel, after: PreTrainedModel, folded: set[str]) -> Check:
     """Training moves weights a little: none is as far from its source as an unrelated tensor would be."""
-    worst, name, apart = 0.0, "", set()
-    theirs = dict(after.named_parameters())
+    theirs, changes = dict(after.named_parameters()), list[tuple[float, str, bool]]()
     for key, source in expected.named_parameters():
-        module = key.rpartition(".")[0]
-        if module in folded:
-            apart.add(module)
-            continue
-        change = float((theirs[key].detach().float() - source.detach().float()).norm())
-        relative = change / max(float(source.detach().float().norm()), 1e-12)
-        if source.dim() > 1 and not (relative <= worst or math.isnan(worst)):
-            worst, name = relative, key
-    return nearness_check(worst, name, len(apart))
+        if source.dim() > 1:
+            change = float((theirs[key].detach().float() - source.detach().float()).norm())
+            relative = change / max(float(source.detach().float().norm()), 1e-12)
+            changes.append((relative, key, key.rpartition(".")[0] in folded))
+    return nearness_check(changes)
 
 
-def nearness_check(worst: float, name: str, folded: int) -> Check:
-    """Of the largest relative change of a tensor, but those that were folded."""
-    apart = f"; {folded} folded projections apart" if folded else ""
-    return Check("weights are near their source", worst < 1, f"relative change at most {worst:.2f}, {name}{apart}")
+def nearness_check(changes: Iterable[tuple[float, str, bool]]) -> Check:
+    """Of the relative change of each tensor, its name and whether it was folded: those may change more."""
+    found = list(changes)
+    passed, parts = True, []
+    for was_folded, bound, what in ((False, 1.0, ""), (True, FOLDED_CHANGE, "of {} folded ones ")):
+        mine = [(relative, name) for relative, name, folded in found if folded == was_folded]
+        if mine:
+            worst, name = max(mine, key=lambda one: math.inf if math.isnan(one[0]) else one[0])
+            passed &= worst < bound
+            parts.append(f"{what.format(len(mine))}at most {worst:.2f}, {name}")
+    return Check("weights are near their source", passed, f"relative change {'; '.join(parts)}")
 
 
 def folded_names(path: str, removed: Iterable[int], folded: Mapping[int, str] | None) -> set[str]:

@@ -1,6 +1,5 @@
 """What a comparison says: one table, and sentences made from its numbers alone."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ class Summary:
     perplexity, perplexity_other: mean, smallest and largest; other is None without such data.
     difference, difference_other: this arm minus `trsp` on the same seed, mean, smallest and largest; None for `trsp`
         itself, for the dense model, and where a seed is missing.
-    layers: as removed with the first seed; `other_layers` of the seeds chose others.
+    layers: as removed with most seeds; `other_layers` of the seeds chose others.
     """
 
     arm: str
@@ -40,22 +39,29 @@ def summaries(rows: Sequence[dict[str, Any]]) -> list[Summary]:
     """One entry per number of removed layers and arm, best first; the unpruned model before all."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["removed"] if row["layers"] else 0, row["arm"]), []).append(row)
+        groups.setdefault((amount(row), row["arm"]), []).append(row)
     found = [_summary(removed, arm, mine, rows) for (removed, arm), mine in groups.items()]
     return sorted(found, key=lambda s: (s.removed, s.arm != REFERENCE, s.perplexity[0]))
+
+
+def amount(row: dict[str, Any]) -> int:
+    """How many layers are gone; older files say it of arms that remove nothing too."""
+    return int(row["removed"]) if row["layers"] else 0
 
 
 def _summary(removed: int, arm: str, mine: list[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Summary:
     ours = {row["seed"]: row for row in rows if row["arm"] == OURS and row["removed"] == removed}
     paired = mine if arm != OURS and mine and all(row["seed"] in ours for row in mine) else []
     other = mine[0].get("perplexity_other") is not None
+    chosen = [row["layers"] for row in mine]
+    layers = max(chosen, key=chosen.count)  # the first of those that most seeds have
     scores = mine[0].get("tasks") or {}
     return Summary(
         arm=arm,
         removed=removed,
         seeds=len(mine),
-        layers=mine[0]["layers"],
-        other_layers=sum(row["layers"] != mine[0]["layers"] for row in mine),
+        layers=layers,
+        other_layers=sum(row["layers"] != layers for row in mine),
         perplexity=_spread([row["perplexity"] for row in mine]),
         perplexity_other=_spread([row["perplexity_other"] for row in mine]) if other else None,
         difference=_differences(paired, ours, "perplexity"),
@@ -100,9 +106,9 @@ def _verdicts(here: list[Summary], dense: Summary | None) -> list[str]:
     ours = next((s for s in here if s.arm == OURS), None)
     if ours is not None:
         texts += _against_ours({s: s.difference for s in here}, "trsp is")
-        if best.perplexity_other is not None and ours.perplexity_other is not None:
-            first = min(here, key=lambda s: s.perplexity_other[0] if s.perplexity_other else math.inf)
-            other = first.perplexity_other or best.perplexity_other
+        others = [(s.perplexity_other, s) for s in here if s.perplexity_other]
+        if ours.perplexity_other is not None and len(others) == len(here):  # else the lowest of some would say little
+            other, first = min(others, key=lambda one: one[0][0])
             own = "" if first is ours else f"; trsp has {_range(ours.perplexity_other)}"
             whole = dense.perplexity_other if dense is not None else None
             beside = f", the unpruned model {_range(whole)}" if whole else ""
@@ -204,10 +210,10 @@ def by_amount(
     rows: Sequence[dict[str, Any]], problems: Sequence[dict[str, Any]] = ()
 ) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """Rows and problems for each number of removed layers; those of arms that remove nothing are in all of them."""
-    counts = sorted({entry["removed"] for entry in (*rows, *problems) if entry["removed"]}) or [0]
+    counts = sorted({*map(amount, rows), *(one["removed"] for one in problems)} - {0}) or [0]
     return [
         (
-            [row for row in rows if row["removed"] in (0, count)],
+            [row for row in rows if amount(row) in (0, count)],
             [one for one in problems if one["removed"] in (0, count)],
         )
         for count in counts

@@ -52,7 +52,7 @@ def plots(values: dict[str, Any]) -> list[Plot]:
     if any(s.removed for s in found):
         caption = "Quality against the seconds of choosing and training"
         drawn.append(Plot("seconds", caption, quality_by_seconds(rows)))
-        caption = "Which layers go, first seed; equal choices are shown once"
+        caption = "Which layers go with most seeds; equal choices are shown once"
         drawn.append(Plot("layers", caption, strips(found, layers)))
     for key, evidence in values["evidence"].items():
         arm, removed = key.rsplit(" ", 1)
