@@ -368,12 +368,10 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(model, tokens, 
     out = tmp_path / "out"
     command = [sys.executable, "-m", "trsp_fast", "prune", model, "--num-layers", "1", "--data", tokens, "--out", out]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    command += ["--set", "transfer.epochs=100000"]
-    process = subprocess.Popen(command, **options)
-    for line in process.stdout:
-        if "stage 2" in line:
-            break
-    time.sleep(0.5)
+    command += ["--set", "transfer.epochs=2000"]
+    process, record = subprocess.Popen(command, **options), tmp_path / ".out.unfinished" / ".trsp" / "events.jsonl"
+    while process.poll() is None and not (record.exists() and "transfer_step" in record.read_text()):
+        time.sleep(0.1)  # stage 2 begins with a fold, of which nothing is kept
     process.send_signal(wish)
     _, error = process.communicate(timeout=60)
     assert process.returncode == exit_code
@@ -388,7 +386,7 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(model, tokens, 
     assert "another run is at work on" in second.stderr
     process.kill()
     process.communicate()
-    lines = (tmp_path / ".out.unfinished" / ".trsp" / "events.jsonl").read_text().splitlines()
+    lines = record.read_text().splitlines()
     events = [json.loads(line) for line in lines if line.endswith("}")]
     (index,) = (number for number, event in enumerate(events) if event["event"] == "resumed")
     done = [event["step"] for event in events[:index] if event["event"] == "transfer_step"]
