@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections import Counter
 from pathlib import Path
+from subprocess import Popen
 
 KINDS = ("event", "write", "fsync", "rename", "unlink")
 
@@ -26,6 +28,17 @@ def kill_points(counts: Counter, seed: int, number: int) -> list[tuple[str, int]
     """`number` moments spread over the kinds, drawn by a seed."""
     draw = random.Random(seed)
     return [(kind, draw.randint(1, counts[kind])) for kind in (KINDS * number)[:number]]
+
+
+def wait_for_a_step(process: Popen, out: Path) -> Path:
+    """Until a run in a process records its first step of stage 2; the record.
+
+    Nothing is kept of the fold before it.
+    """
+    record = out.with_name(f".{out.name}.unfinished") / ".trsp" / "events.jsonl"
+    while process.poll() is None and not (record.exists() and '"transfer_step"' in record.read_text()):
+        time.sleep(0.1)
+    return record
 
 
 def _work(out: Path, settings: dict, kill: tuple[str, int] | None, counts: str | None) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import killing
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -369,9 +370,8 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on(model, tokens, 
     command = [sys.executable, "-m", "trsp_fast", "prune", model, "--num-layers", "1", "--data", tokens, "--out", out]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     command += ["--set", "transfer.epochs=2000"]
-    process, record = subprocess.Popen(command, **options), tmp_path / ".out.unfinished" / ".trsp" / "events.jsonl"
-    while process.poll() is None and not (record.exists() and "transfer_step" in record.read_text()):
-        time.sleep(0.1)  # stage 2 begins with a fold, of which nothing is kept
+    process = subprocess.Popen(command, **options)
+    record = killing.wait_for_a_step(process, out)
     process.send_signal(wish)
     _, error = process.communicate(timeout=60)
     assert process.returncode == exit_code

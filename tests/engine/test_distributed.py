@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import killing
 import pytest
 import scaling
 import together
@@ -221,15 +221,12 @@ def test_torchrun_writes_one_proven_checkpoint(files, tmp_path):
 def test_a_signal_to_torchrun_leaves_a_run_that_one_process_can_resume(files, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(files, out, 2, "--set", "transfer.epochs=100000"),
+        command(files, out, 2, "--set", "transfer.epochs=2000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stdout:
-        if "stage 2" in line:
-            break
-    time.sleep(1)
+    killing.wait_for_a_step(process, out)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -237,9 +234,9 @@ def test_a_signal_to_torchrun_leaves_a_run_that_one_process_can_resume(files, tm
     assert "Traceback" not in error.split("trsp-fast: ")[0]
     assert not out.exists()
     changed = ("--set", "transfer.epochs=1", "--resume")
-    assert "had config.transfer.epochs = 100000" in run(command(files, out, 0, *changed)).stderr
+    assert "had config.transfer.epochs = 2000" in run(command(files, out, 0, *changed)).stderr
     process = subprocess.Popen(
-        command(files, out, 0, "--set", "transfer.epochs=100000", "--resume"), stdout=subprocess.PIPE, text=True
+        command(files, out, 0, "--set", "transfer.epochs=2000", "--resume"), stdout=subprocess.PIPE, text=True
     )
     lines = []
     for line in process.stdout:
