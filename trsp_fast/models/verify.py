@@ -106,7 +106,7 @@ def verify_checkpoints(
     Args:
         trained: the weights were trained before the cut, so that tensors may differ from the source. The architecture
             is then proved with the pruned checkpoint's own weights in the source's layers.
-        folded: by layer of the source the name in it of a projection that need not be near its source: trsp_fast.fold.
+        folded: by layer of the source the name in it of a projection that may be far from its source: trsp_fast.fold.
         remote_code: run code that the checkpoints bring along.
     """
     from transformers import AutoModelForCausalLM
