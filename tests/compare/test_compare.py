@@ -247,6 +247,41 @@ def test_pairs_need_the_same_seeds():
     assert next(s for s in summaries(some[1:]) if s.arm == "sleb").difference is None
 
 
+def test_the_layers_of_most_seeds_are_shown():
+    some = rows(trsp=[10, 11, 12])
+    some[0]["layers"] = [3, 4]
+    (ours,) = summaries(some)
+    assert (ours.layers, ours.other_layers) == ([1, 2], 1)
+
+
+def test_another_domain_is_judged_only_where_every_arm_was():
+    some = rows(dense=[5], trsp=[10], sleb=[12])
+    for row, value in zip(some, (50.0, 70.0, 60.0), strict=True):
+        row["perplexity_other"] = value
+    (text,) = sentences(some, 12)
+    assert "On the other domain the lowest is sleb, 60.00; trsp has 70.00, the unpruned model 50.00." in text
+    some[2]["perplexity_other"] = None
+    (text,) = sentences(some, 12)
+    assert "other domain" not in text
+
+
+def test_seconds_that_are_not_comparable_with_one_seed_are_not_compared():
+    some = rows(trsp=[10, 11, 12], lm_then_cut=[11, 12, 13])
+    assert "1.00 times as long" in sentences(some, 12)[0]
+    some[0]["seconds_transfer"] = None
+    assert "times as long" not in sentences(some, 12)[0]
+
+
+def test_a_range_that_prints_as_one_number_is_one():
+    assert "trsp, 10.00 (2 seeds)" in sentences(rows(trsp=[10.001, 10.002]), 12)[0]
+
+
+def test_older_files_count_the_unpruned_model_among_the_removed():
+    some = rows(dense=[5], trsp=[10])
+    some += [{**some[1], "removed": 3, "layers": [1, 2, 3]}]
+    assert markdown(some, 12).count("| dense |") == 2
+
+
 def test_markdown_has_a_line_per_arm(found):
     text = markdown(found.rows, 6)
     head = text.splitlines()[0]

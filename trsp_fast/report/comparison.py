@@ -53,6 +53,7 @@ def _summary(removed: int, arm: str, mine: list[dict[str, Any]], rows: Sequence[
     ours = {row["seed"]: row for row in rows if row["arm"] == OURS and row["removed"] == removed}
     paired = mine if arm != OURS and mine and all(row["seed"] in ours for row in mine) else []
     other = mine[0].get("perplexity_other") is not None
+    training = [row["seconds_transfer"] for row in mine]  # null: not comparable with other arms
     chosen = [row["layers"] for row in mine]
     layers = max(chosen, key=chosen.count)  # the first of those that most seeds have
     scores = mine[0].get("tasks") or {}
@@ -68,7 +69,7 @@ def _summary(removed: int, arm: str, mine: list[dict[str, Any]], rows: Sequence[
         difference_other=_differences(paired, ours, "perplexity_other") if other else None,
         tokens=mine[0]["tokens"],
         seconds=statistics.median(row["seconds"] for row in mine),
-        seconds_transfer=statistics.median(row["seconds_transfer"] or 0.0 for row in mine),
+        seconds_transfer=0.0 if None in training else statistics.median(training),
         window_forwards=statistics.mean(row["window_forwards"] for row in mine),
         tasks={task: statistics.mean(row["tasks"][task] for row in mine) for task in scores},
     )
