@@ -121,3 +121,18 @@ def test_hub_data_takes_the_split_and_the_column_of_its_row(monkeypatch, tokeniz
     assert seen == [(hub_id, configuration, calibration, options), (hub_id, configuration, evaluation, options)]
     assert tokenizer.decode(streams.calibration) == f"{calibration} one\n\n{calibration} two"
     assert tokenizer.decode(streams.evaluation) == f"{evaluation} one\n\n{evaluation} two"
+
+
+def test_noise_replaces_a_share_of_the_tokens_by_others_of_the_text():
+    tokens = torch.arange(20_000).view(100, 200) * 3  # all different: what is replaced can be seen
+    before, noisy = tokens.clone(), data.with_noise(tokens, 0.25, 3)
+    assert torch.equal(tokens, before)
+    assert float((noisy != tokens).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert bool(torch.isin(noisy, tokens).all())
+    assert float(noisy[noisy != tokens].float().mean()) == pytest.approx(float(tokens.float().mean()), rel=0.03)
+    assert float((noisy != tokens).float().mean(1).std()) < 0.06  # in every window alike
+    assert torch.equal(noisy, data.with_noise(tokens, 0.25, 3))
+    assert not torch.equal(noisy, data.with_noise(tokens, 0.25, 4))
+    assert data.with_noise(tokens, 0.0, 3) is tokens
+    often = torch.where(tokens % 10 == 0, tokens, 7)  # a token that is nine tenths of the text is that often drawn
+    assert float((data.with_noise(often, 1.0, 3) == 7).float().mean()) == pytest.approx(0.9, abs=0.01)

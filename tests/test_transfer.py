@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_llama
 
 from trsp_fast.config import TransferConfig, TRSPConfig
+from trsp_fast.data import with_noise
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import mean_loss
 from trsp_fast.engine.optimizers import adamw, load_optimizer_state, optimizer_state
@@ -26,6 +27,7 @@ PLAIN = {
     "objective": "lm",
     "hidden": 0.0,
     "hidden_schedule": "constant",
+    "noise": 0.0,
     "fold": "none",
     "gate": "none",
     "lambda2": 0.0,
@@ -128,6 +130,30 @@ def test_hidden_states_are_pulled_towards_the_untouched_models(llama, tokens):
     assert history[-1]["hidden"] < 0.9 * history[0]["hidden"]
     assert without[-1]["hidden"] > without[0]["hidden"]
     assert history[0]["loss"] == pytest.approx(history[0]["lm_loss"] + history[0]["hidden"])
+
+
+def test_both_models_see_the_noise(llama, tokens):
+    """A run with noise is the run without on windows that have it, so that from the untouched model the loss is 0."""
+    with_it = copy.deepcopy(llama)
+    settings = {"objective": "distill", "gate": "anneal", "hold": 1.0, "fold": "start", "hidden": 1.0}
+    history = transfer(with_it, tokens, [1], config(**settings, noise=0.3))
+    plain = transfer(llama, tokens, [1], config(**settings))
+    assert history[0]["loss"] != plain[0]["loss"]
+    fresh = tiny_llama()
+    noisy = with_noise(tokens, 0.3, 0)
+    assert transfer(fresh, noisy, [1], config(**settings)) == history
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), with_it.parameters(), strict=True))
+    assert transfer(tiny_llama(), tokens, [1], config(objective="distill", noise=0.3))[0]["loss"] == pytest.approx(
+        0, abs=1e-5
+    )
+
+
+def test_text_that_is_learned_itself_stays_as_it_is(llama, tokens):
+    twin = copy.deepcopy(llama)
+    settings = {"gate": "anneal", "hold": 1.0, "hidden": 1.0, "fold": "start"}
+    plain = transfer(twin, tokens, [1], config(**settings))
+    assert transfer(llama, tokens, [1], config(**settings, noise=0.5)) == plain
+    assert TransferConfig(objective="lm", fold="alone", noise=0.5).replaced == 0.5  # nothing is learned from the text
 
 
 @pytest.mark.parametrize("trainable", ["all", "neighbours"])

@@ -61,6 +61,9 @@ class TransferConfig:
     objective: `lm`, or `distill` (KL divergence to the logits of the untouched model).
     hidden: weight of the distance to the untouched model's hidden states where layers stay, relative to their size.
     hidden_schedule: hidden `constant`, or `fall` linearly to 0 after the last step: logits have the last word.
+    noise: where only the untouched model is imitated, this share of the tokens is replaced by others of the calibration
+        text (trsp_fast.data.with_noise), for both models: the shorter one also learns what the untouched one makes of
+        text unlike the calibration's.
     fold: where the layers are out from the first step, `start` first folds what they did into projections of those
         that stay, in closed form (trsp_fast.fold); `alone` leaves it at that, without training; or `none`.
     gate: `anneal` takes residual gates of the chosen layers from 1 to 0 over the first 1 - `hold` of the steps; with
@@ -78,6 +81,7 @@ class TransferConfig:
     objective: str = _setting("distill", choices=("lm", "distill"))
     hidden: float = _setting(20.0, low=0)
     hidden_schedule: str = _setting("fall", choices=("constant", "fall"))
+    noise: float = _setting(0.1, low=0, high=1)
     fold: str = _setting("start", choices=("none", "start", "alone"))
     gate: str = _setting("anneal", choices=("none", "anneal"))
     hold: float = _setting(1.0, low=0, high=1)
@@ -102,6 +106,11 @@ class TransferConfig:
     def folds(self) -> bool:
         """Whether stage 2 begins with a fold: its layers must be out of the function from the first step."""
         return self.happens and self.fold != "none" and self.gate == "anneal" and self.hold == 1
+
+    @property
+    def replaced(self) -> float:
+        """The share of tokens that is replaced: where the text itself is learned, none."""
+        return self.noise if self.objective == "distill" or not self.passes else 0.0
 
     @property
     def imitates(self) -> bool:
@@ -255,6 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "detach_input": False,
             "objective": "lm",
             "hidden": 0.0,
+            "noise": 0.0,
             "fold": "none",
             "gate": "none",
             "epochs": 1,
@@ -285,6 +295,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "detach_input": False,
             "objective": "lm",
             "hidden": 0.0,
+            "noise": 0.0,
             "fold": "none",
             "gate": "none",
             "epochs": 1,
@@ -295,7 +306,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
     "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0, "fold": "none"}},
     # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
-    "cut-first": {"transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "fold": "none"}},
+    "cut-first": {
+        "transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "noise": 0.0, "fold": "none"}
+    },
 }
 
 

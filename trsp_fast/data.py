@@ -99,6 +99,23 @@ def calibration_windows(stream: Tensor, samples: int, length: int, seed: int) ->
     return pool[order[:samples]]
 
 
+def with_noise(tokens: Tensor, share: float, seed: int) -> Tensor:
+    """About `share` of the tokens replaced by ones drawn from all of them; a function of `seed` alone.
+
+    What a student imitates of its teacher is defined on any input, and inputs off the text keep it near the teacher on
+    more than the text: both see the same ones, as with the augmentations of Beyer et al. (arXiv 2106.05237).
+
+    Args:
+        tokens: int64 `[samples, seq]`; it stays as it is.
+    """
+    if not share:
+        return tokens
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens.shape, generator=generator) < share
+    others = tokens.flatten()[torch.randint(tokens.numel(), tokens.shape, generator=generator)]
+    return torch.where(chosen, others, tokens)
+
+
 def evaluation_windows(stream: Tensor, length: int, most: int | None = None) -> Tensor:
     """The windows in order, or `most` of them evenly spaced."""
     pool = windows(stream, length)

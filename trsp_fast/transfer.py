@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trsp_fast.config import TransferConfig, TRSPConfig
+from trsp_fast.data import with_noise
 from trsp_fast.engine.memory import MemoryPlan, plan_memory, unprobed
 from trsp_fast.engine.objective import INFERENCE_BATCH, WindowOrder
 from trsp_fast.engine.optimizers import (
@@ -80,7 +81,7 @@ def transfer(
 
     Starts with every layer on. Weights of a lower precision than fp32 are trained as fp32 copies under autocast and
     come back in their dtype. Dropout stays off: the tokens are few and the aim is the model itself. A step whose loss
-    or gradient is not finite is not applied.
+    or gradient is not finite is not applied. Everything, figures too, is of the windows with `transfer.noise` in them.
 
     Args:
         tokens: calibration windows, int64 `[samples, seq]`.
@@ -104,6 +105,7 @@ def transfer(
         session.keeper.facts.pop(FOLDED, None)
     if not settings.happens:
         return []
+    tokens = with_noise(tokens, settings.replaced, config.seed)
     training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)

@@ -17,7 +17,14 @@ CORE = ("trsp", "trsp-paper", "lm-then-cut", "cut-sleb-lm", "cut-sleb-distill", 
 # What the optimiser does with the tokens; the same in all arms, whatever a preset says.
 _COMMON = ("epochs", "lr", "warmup", "clip", "optimizer", "trainable")
 
-_PLAIN: dict[str, Any] = {"objective": "lm", "gate": "none", "lambda2": 0.0, "hidden": 0.0, "fold": "none"}
+_PLAIN: dict[str, Any] = {
+    "objective": "lm",
+    "gate": "none",
+    "lambda2": 0.0,
+    "hidden": 0.0,
+    "noise": 0.0,
+    "fold": "none",
+}
 _CUT: dict[str, Any] = {**_PLAIN, "gate": "anneal", "hold": 1.0}  # gates at 0 from the first step: bypassed
 _FOLD: dict[str, Any] = {"gate": "anneal", "hold": 1.0, "fold": "alone"}
 _PAPER: dict[str, Any] = {**PRESETS["paper"]["transfer"], "hidden": 0.0}
