@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -126,6 +127,25 @@ def test_text_it_has_not_seen_comes_nearer_too(llama, tokens):
     direct = lacking(llama)
     folded(llama, tokens, [2, 4])
     assert lacking(llama) < 0.95 * direct
+
+
+def test_the_untouched_model_is_run_once(llama, tokens):
+    """From layer to layer; where its states cannot be kept, anew for every point, to the same end."""
+    twin = copy.deepcopy(llama)
+    teacher, passes = UntouchedModel(copy.deepcopy(llama), fold_points(llama, [1, 4]), 0), [0] * 6
+    for index, layer in enumerate(teacher.model.model.layers):
+        count = lambda _module, _args, index=index: passes.__setitem__(index, passes[index] + 1)  # noqa: E731
+        layer.mlp.register_forward_pre_hook(count)
+    with bypassed(llama, [1, 4]):
+        found = fold(llama, teacher, tokens, [1, 4], llama.parameters())
+    assert list(found) == [0, 2, 3, 5]
+    assert passes == [2] * 6  # the 32 windows are in two parts
+    with pytest.MonkeyPatch.context() as patch, bypassed(twin, [1, 4]):
+        patch.setattr(sys.modules["trsp_fast.fold"], "STATES_SHARE", 0.0)
+        assert fold(twin, teacher, tokens, [1, 4], twin.parameters()) == {
+            layer: one._replace(projection=twin.model.layers[layer].mlp.down_proj) for layer, one in found.items()
+        }
+    assert changed(llama, twin) == set()
 
 
 def test_a_layer_that_did_nothing_leaves_everything_as_it_was(llama, tokens):

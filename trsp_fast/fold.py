@@ -4,7 +4,7 @@ A decoder layer ends with a projection whose output is added to the residual str
 change W of its weight changes the stream by h W, where h is the projection's input. So the W that brings the stream
 nearest to the untouched model's, where the next layer reads it, is a ridge regression. It is solved for one layer after
 the other, from just before the first gap to the last layer, each on the states that the folded layers below hand on:
-two forward passes of the shorter model (and two of the teacher for each layer, where its states are not stored).
+two forward passes of the shorter model, and one of the teacher where its states are not stored.
 
 ReplaceMe (arXiv 2505.02819) fits one linear map behind the projection before one removed block. Here the projection's
 own weight is fitted, and that of every later layer too, against what is still lacking there.
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import INFERENCE_BATCH
-from trsp_fast.engine.teacher import Teacher
+from trsp_fast.engine.teacher import StoredStates, Teacher, UntouchedModel
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.prefix import Prefix
@@ -149,8 +149,40 @@ class _Sums:
         return float(self.c - 2 * (change * self.b).sum() + (change * (self.a @ change)).sum())
 
 
+class _Walk:
+    """A model's states of this process's windows at the layer it has come to, a part of the windows at a time.
+
+    parts: indices of windows. place: where states are kept; None: nowhere, and every pass begins at layer 0. highest:
+        the last layer that a pass can begin at.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, parts: list[Tensor], place: torch.device | None, highest: int
+    ) -> None:
+        self.prefix, self.tokens, self.parts, self.place, self.highest = Prefix(model), tokens, parts, place, highest
+        self.device, self.end = next(model.parameters()).device, len(layer_stack(model))
+        self.start, self.states = 0, list[Tensor]()
+
+    def entering(self, part: int, layer: int) -> Tensor:
+        """What enters `layer`, in the precision of the pass."""
+        states = self.states[part].to(self.device) if self.start else None
+        if layer == self.start and states is not None:
+            return states
+        return self.prefix.entering(self.tokens[self.parts[part]].to(self.device), layer, self.start, states)
+
+    def keep(self, states: Tensor, layer: int, kept: list[Tensor]) -> None:
+        """Add a part's states that enter `layer` to those to go on with, where they can be kept."""
+        if self.place is not None and (layer <= self.highest or layer == self.end):
+            kept.append(states.to(self.place))
+
+    def go(self, layer: int, kept: list[Tensor]) -> None:
+        """On to `layer`; it stays where it is if nothing was kept."""
+        if kept:
+            self.start, self.states = layer, kept
+
+
 class _Folding:
-    """What goes from layer to layer: the states that enter layer `start`, of this process's windows."""
+    """What goes from layer to layer: the states of the model and, where they are not stored, of the untouched one."""
 
     def __init__(
         self,
@@ -165,20 +197,22 @@ class _Folding:
         self.device = next(model.parameters()).device
         batch = max(1, min(INFERENCE_BATCH, PART_TOKENS // tokens.shape[1]))
         self.parts = [rows for rows, _ in group.parts(torch.arange(len(tokens)), batch)]
-        self.prefix, window = Prefix(model), tokens[:1].to(self.device)
+        window = tokens[:1].to(self.device)
         with autocast:
-            self.projections, self.highest = projections(model, window), self.prefix.highest(window)
+            self.projections, highest = projections(model, window), Prefix(model).highest(window)
         owners = Counter(id(p) for module in self.projections.values() for p in module.parameters())
         self.weights = {weight for weight in weights if owners[weight] < 2}
-        self.start, self.states = 0, list[Tensor]()
         self.hidden = model.config.get_text_config(decoder=True).hidden_size
-        needed = 2 * 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # the old ones and the new
-        self.place = _place(needed, self.device)  # None: every pass begins at layer 0
+        models = [model, *([teacher.model] if isinstance(teacher, UntouchedModel) else [])]
+        needed = len(models) * 2 * 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # old ones and new
+        place = _place(needed, self.device)
+        self.walk, *others = (_Walk(one, tokens, self.parts, place, highest) for one in models)
+        self.untouched = others[0] if others else None
 
     @torch.no_grad()
     def fold_one(self, layer: int, point: int) -> Folded | None:
         """None where the layer stays as it is."""
-        module, entering = self.projections.get(layer), (self.start, self.states)
+        module, entering = self.projections.get(layer), (self.walk.start, self.walk.states)
         if module is None or id(module.weight) not in self.weights or not (share := self._share(layer, module)):
             self._advance(layer, None)
             return None
@@ -199,22 +233,25 @@ class _Folding:
             return Folded(module, lacking / size, left / size)
         for parameter, value in zip(parameters, old, strict=True):
             parameter.copy_(value)
-        self.start, self.states = entering
+        self.walk.start, self.walk.states = entering
         self._advance(layer, None)
         return None
 
-    def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, tokens, and what `layer` hands on for them, a part of the windows at a time."""
-        for index, rows in enumerate(self.parts):
-            tokens = self.tokens[rows].to(self.device)
-            states = self.states[index].to(self.device) if self.start else None
+    def _outputs(self, layer: int) -> Iterator[tuple[int, Tensor]]:
+        """Part by part what `layer` hands on."""
+        for part in range(len(self.parts)):
             with self.autocast:  # which must be over where the sums are made
-                output = self.prefix.entering(tokens, layer + 1, self.start, states)
-            yield rows, tokens, output
+                output = self.walk.entering(part, layer + 1)
+            yield part, output
 
-    def _target(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+    def _target(self, part: int, point: int) -> Tensor:
+        """The untouched model's states that enter layer `point`."""
         with self.autocast:
-            return self.teacher.state(rows, tokens, point).float()
+            if self.untouched is not None:
+                return self.untouched.entering(part, point)
+            assert isinstance(self.teacher, StoredStates)
+            rows = self.parts[part]
+            return self.teacher.state(rows, self.tokens[rows].to(self.device), point)
 
     def _share(self, layer: int, module: Projection) -> float:
         """The factor with which the layer hands on what its projection gives (Granite's is not 1), found by trying.
@@ -223,14 +260,14 @@ class _Folding:
         """
         window = self.tokens[:1].to(self.device)
         with self.autocast:
-            plain = self.prefix.entering(window, layer + 1).float()
+            plain = self.walk.prefix.entering(window, layer + 1).float()
         generator = torch.Generator().manual_seed(0)
         shift = torch.randn(plain.shape, generator=generator).to(self.device) * plain.pow(2).mean().sqrt()
         hook = lambda _module, _args, output: output + shift.view(output.shape).to(output.dtype)  # noqa: E731
         with self.autocast:
             handle = module.register_forward_hook(hook)
             try:
-                moved = self.prefix.entering(window, layer + 1).float() - plain
+                moved = self.walk.prefix.entering(window, layer + 1).float() - plain
             finally:
                 handle.remove()
         share = float((moved * shift).sum() / shift.pow(2).sum())
@@ -250,18 +287,23 @@ class _Folding:
         fitting, judging = (_Sums(inputs, self.hidden, place) for _ in range(2))
         size = torch.zeros((), dtype=torch.float64, device=place)
         handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))
+        targets: list[Tensor] = []
         try:
-            for rows, tokens, output in self._outputs(layer):
-                target, h = self._target(rows, tokens, point), taken["h"].float().view(*tokens.shape, -1) * share
+            for part, output in self._outputs(layer):
+                target, h = self._target(part, point), taken["h"].float().view(*output.shape[:2], -1) * share
+                if self.untouched is not None:
+                    self.untouched.keep(target, point, targets)
                 if with_bias:
-                    h = torch.cat([h, h.new_full((*tokens.shape, 1), share)], dim=2)
-                lacking = target - output.float()
+                    h = torch.cat([h, h.new_full((*h.shape[:2], 1), share)], dim=2)
+                lacking = target.float() - output.float()
                 size += target.double().pow(2).sum().to(place)
-                judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)
+                judges = (self.parts[part] % VALIDATION == VALIDATION - 1).to(self.device)
                 for sums, chosen in ((fitting, ~judges), (judging, judges)):
                     sums.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
         finally:
             handle.remove()
+        if self.untouched is not None:
+            self.untouched.go(point, targets)
         self.group.sum([size, fitting.a, fitting.b, fitting.c, judging.a, judging.b, judging.c])
         return fitting, judging, float(size)
 
@@ -287,14 +329,12 @@ class _Folding:
 
     def _advance(self, layer: int, point: int | None) -> float:
         """Go on behind `layer`, as it is now; sum |target - state|^2 there, where a point is given."""
-        left, states = torch.zeros((), dtype=torch.float64, device=self.device), []
-        for rows, tokens, output in self._outputs(layer):
+        left, states = torch.zeros((), dtype=torch.float64, device=self.device), list[Tensor]()
+        for part, output in self._outputs(layer):
             if point is not None:
-                left += (self._target(rows, tokens, point) - output.float()).double().pow(2).sum()
-            if self.place is not None:
-                states.append(output.to(self.place))
-        if self.place is not None and layer < self.highest:
-            self.start, self.states = layer + 1, states
+                left += (self._target(part, point).float() - output.float()).double().pow(2).sum()
+            self.walk.keep(output, layer + 1, states)
+        self.walk.go(layer + 1, states)
         self.group.sum([left])
         return float(left)
 

@@ -7,7 +7,7 @@ model: 2 bytes a number instead of a second model in memory, and no second forwa
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,6 @@ class Targets:
     before_head: Tensor | None
     logits: Tensor | None
     inputs: dict[int, Tensor]
-
-
-class Teacher(Protocol):
-    """head: the untouched model's, where it is plain. held: bytes of memory that are there for the teacher alone."""
-
-    head: nn.Linear | None
-    held: int
-
-    def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
-        """Of the windows `rows`, int64 `[windows]`, whose tokens are `[windows, seq]` on the device."""
-        ...
-
-    def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
-        """One of `Targets.inputs`."""
-        ...
 
 
 class InputTap:
@@ -80,7 +65,10 @@ class InputTap:
 
 
 class UntouchedModel:
-    """A second model that is asked in every step."""
+    """A second model that is asked in every step.
+
+    head: its head, where that is plain. held: bytes of memory that are there for it alone.
+    """
 
     def __init__(self, model: PreTrainedModel, points: Sequence[int], held: int, *, whole: bool = False) -> None:
         """`whole`: its logits are taken as the model gives them, never made by its head alone."""
@@ -89,21 +77,20 @@ class UntouchedModel:
 
     @torch.no_grad()
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        """Of the windows `rows`, int64 `[windows]`, whose tokens are `[windows, seq]` on the device."""
         with InputTap(self.model, self.points) as tap:
             if self.head is None:
                 logits = self.model(input_ids=tokens, use_cache=False).logits
                 return Targets(None, logits, dict(tap.taken))
             return Targets(hidden_states(self.model, tokens), None, dict(tap.taken))
 
-    def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
-        return self.targets(rows, tokens).inputs[point]
-
 
 @dataclass
 class StoredStates:
     """The states of all windows: on the model's device, or in host memory, pinned where the model is on a GPU.
 
-    head: a copy that is not trained. before_head: `[samples, seq, hidden]`. inputs: by layer, as in `Targets`.
+    head: a copy that is not trained. before_head: `[samples, seq, hidden]`. inputs: by layer, as in `Targets`. held:
+        bytes of device memory.
     """
 
     head: nn.Linear | None
@@ -118,16 +105,21 @@ class StoredStates:
         self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
 
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
+        """As `UntouchedModel.targets`."""
         inputs = {point: self.state(rows, tokens, point) for point in self.inputs}
         return Targets(self._of(rows, self.before_head, tokens.device), None, inputs)
 
     def state(self, rows: Tensor, tokens: Tensor, point: int) -> Tensor:
+        """One of `Targets.inputs`."""
         return self._of(rows, self.inputs[point], tokens.device)
 
     @staticmethod
     def _of(rows: Tensor, stored: Tensor, device: torch.device) -> Tensor:
         indices = rows.to(stored.device)
         return stored[indices] if stored.device == device else rows_on(stored, indices, device)
+
+
+Teacher: TypeAlias = UntouchedModel | StoredStates
 
 
 def rows_on(stored: Tensor, rows: Tensor, device: torch.device) -> Tensor:
