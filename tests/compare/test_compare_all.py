@@ -1,0 +1,140 @@
+"""The full matrix of comparisons: what is joined, what is left out, and the page and tables made from it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import compare_all
+import pytest
+import readme_table
+import results_page
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "bench"
+
+
+def test_the_page_of_results_is_in_step():
+    assert results_page.PAGE.read_text() == results_page.page()
+    for path in results_page.RESULTS.glob("compare_*.json"):
+        values = json.loads(path.read_text())
+        for plot in results_page.plots(values):
+            assert (results_page.PLOTS / f"{path.stem}-{plot.name}.svg").exists()
+            assert plot.name in ("quality", "seconds", "layers") or plot.name.endswith(
+                f"-{results_page.quarter(values)}"
+            )
+
+
+def test_a_rival_that_wins_with_one_seed_is_named():
+    rows = [
+        {"arm": arm, "seed": seed, "removed": 2, "layers": [1, 2], "perplexity": perplexity}
+        for arm, perplexities in {
+            "trsp": (10, 10),
+            "sleb": (11, 10),
+            "laco": (11, 12),
+            "cut-sleb-imitate": (9, 9),
+        }.items()
+        for seed, perplexity in enumerate(perplexities)
+    ]
+    assert readme_table.not_beaten(rows, 2) == ["sleb"]
+    assert readme_table.not_beaten(rows, 3) == []
+
+
+@pytest.fixture
+def comparisons(tmp_path, monkeypatch):
+    """Run compare_all.py with these words, over comparisons that say what was asked; seed 9 takes 2 seconds."""
+    monkeypatch.setattr(compare_all, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare_all, "write_page", lambda: "page")
+    started = []
+
+    def compare(command, check, timeout):
+        out, seeds, ratios = (command[command.index(name) + 1] for name in ("--out", "--seeds", "--ratio"))
+        started.append((seeds, ratios))
+        if seeds == "9" and timeout is not None and timeout < 2:
+            raise subprocess.TimeoutExpired(command, timeout)
+        Path(out).mkdir(parents=True)
+        rows = [
+            {"arm": arm, "seed": int(seed), "removed": removed, "layers": list(range(removed))}
+            for seed in seeds.split(",")
+            for arm, removed in [("dense", 0), *(("trsp", round(8 * float(ratio))) for ratio in ratios.split(","))]
+        ]
+        evidence = {f"trsp {row['removed']}": seeds for row in rows if row["removed"]}
+        values = {"arms": rows, "problems": [], "model": str(tmp_path), "evidence": evidence, "layers": 8}
+        (Path(out) / "comparison.json").write_text(json.dumps(values))
+
+    def run(*words):
+        started.clear()
+        more = ["--subjects", "", "--model", f"small={tmp_path}", "--out", str(tmp_path / "parts"), *words]
+        monkeypatch.setattr(sys, "argv", ["compare_all.py", *more])
+        with pytest.raises(SystemExit) as end:
+            compare_all.main()
+        run.code = end.value.code
+        path = tmp_path / "compare_small.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    monkeypatch.setattr(compare_all.subprocess, "run", compare)
+    run.started = started
+    return run
+
+
+ROWS = [(arm, seed, removed) for seed in (0, 1, 2) for arm, removed in (("dense", 0), ("trsp", 2), ("trsp", 4))]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "calls"),
+    [("3", [(seed, ratio) for seed in "012" for ratio in ("0.25", "0.5")]), ("1", [("0,1,2", "0.25,0.5")])],
+)
+def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
+    found = comparisons("--jobs", jobs, "--ratio", "0.25,0.5")
+    assert sorted(comparisons.started) == calls
+    assert [(row["arm"], row["seed"], row["removed"]) for row in found["arms"]] == ROWS
+    assert found["evidence"] == {"trsp 2": calls[0][0]}  # of the amount that is about a quarter
+    assert found["model"] == "small"
+    assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs} --ratio 0.25,0.5")
+
+
+def test_comparisons_that_take_too_long_are_left_out_and_done_later(comparisons, capsys, tmp_path):
+    found = comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
+    assert {row["seed"] for row in found["arms"]} == {1}
+    assert "1 of 2 comparisons are finished" in capsys.readouterr().out
+    found = comparisons("--jobs", "2", "--seeds", "1,9")
+    assert comparisons.started == [("9", "0.25")]
+    assert {row["seed"] for row in found["arms"]} == {1, 9}
+    assert list((tmp_path / "parts").glob("small-*")) == []
+    assert comparisons.code == 0
+
+
+def test_comparisons_with_other_settings_are_not_joined(comparisons, tmp_path):
+    comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
+    path = next((tmp_path / "parts").parent.glob("parts/small-*/comparison.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"seed": 5}}))
+    comparisons("--jobs", "2", "--seeds", "1,9")
+    assert comparisons.code == "the folder of --out holds comparisons with other settings or arms; give another one."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "small"), "--model is 'small'; give a name, = and a folder that is there."),
+        (("--model", "small=/nowhere"), "--model is 'small=/nowhere'; give a name"),
+        (("--subjects", "foo"), "there is no subject 'foo'; give some of demo, stories260K, or --model."),
+    ],
+)
+def test_mistakes_in_asking_for_comparisons_are_one_sentence(comparisons, capsys, words, said):
+    comparisons(*words)
+    assert (comparisons.code, comparisons.started) == (2, [])
+    assert said in capsys.readouterr().err
+
+
+def test_a_comparison_that_fails_ends_all(comparisons, monkeypatch):
+    def fails(command, check, timeout):
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(compare_all.subprocess, "run", fails)
+    comparisons("--seeds", "1")
+    assert comparisons.code.startswith("a comparison ended with 2")
+
+
+def test_no_comparison_begins_after_its_budget(comparisons):
+    assert comparisons("--budget", "1e-9") is None
+    assert (comparisons.code, comparisons.started) == (1, [])
