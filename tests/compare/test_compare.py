@@ -10,10 +10,10 @@ import torch
 from tiny import tiny_llama
 
 from trsp_fast import laco
-from trsp_fast.compare.arms import ARMS, CORE, chosen_arms
+from trsp_fast.compare.arms import ARMS, CORE, PARTS, chosen_arms
 from trsp_fast.compare.output import compare_into
 from trsp_fast.compare.runner import Comparer, layer_counts
-from trsp_fast.config import TRSPConfig
+from trsp_fast.config import TRSPConfig, merge
 from trsp_fast.errors import Interrupted, UserError
 from trsp_fast.models.gates import bypassed
 from trsp_fast.report.comparison import markdown, sentences, summaries
@@ -84,6 +84,18 @@ def test_arms_say_what_is_minimised_and_when_layers_leave():
     assert of["cut-sleb-distill"].transfer.objective == "distill"
     assert of["cut-sleb-distill"].transfer.hidden == 0.0
     assert of["cut-sleb-distill"].select.method == "sleb"
+    assert of["cut-sleb-distill"].transfer.replaced == of["cut-sleb-lm"].transfer.replaced == 0.0
+    assert of["cut-sleb-imitate"].transfer == base.transfer
+
+
+def test_the_parts_are_left_out_one_at_a_time():
+    base = TRSPConfig(num_layers=2)
+    for arm in chosen_arms("parts"):
+        if arm.name.startswith("trsp-no-"):
+            part = arm.name.removeprefix("trsp-no-")
+            changes = {part: "none" if part == "fold" else 0.0}
+            assert arm.config(base, 0) == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": changes}))
+    assert [arm.name for arm in chosen_arms("parts")] == ["dense", *PARTS]
 
 
 # ---- rows

@@ -147,7 +147,7 @@ def compare(
     ratio: Annotated[str | None, typer.Option("--ratio", help="Shares of the layers, for example 0.125,0.25.")] = None,
     num_layers: Annotated[str | None, typer.Option("--num-layers", help="Numbers of layers, for example 1,2.")] = None,
     arms: Annotated[
-        str, typer.Option("--arms", help="Names with commas; core and all are many; see docs/results.md.")
+        str, typer.Option("--arms", help="Names with commas; core, parts and all are many; see docs/results.md.")
     ] = "core",
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of calibration windows and order.")] = "0,1,2",
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Text of another domain.")] = None,

@@ -13,6 +13,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.select import METHODS
 
 CORE = ("trsp", "trsp-paper", "lm-then-cut", "cut-sleb-lm", "cut-sleb-distill", "cut-shortgpt-distill", "sleb")
+PARTS = ("trsp", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden", "trsp-fold", "trsp-untrained")
 
 # What the optimiser does with the tokens; the same in all arms, whatever a preset says.
 _COMMON = ("epochs", "lr", "warmup", "clip", "optimizer", "trainable")
@@ -67,6 +68,9 @@ def _named() -> dict[str, Arm]:
             {},
             {**_PLAIN, "objective": "distill", "gate": "anneal", "hold": 0.3},
         ),
+        Arm("trsp-no-noise", "this configuration, on the text as it is", {}, {"noise": 0.0}),
+        Arm("trsp-no-fold", "this configuration, trained from the direct cut", {}, {"fold": "none"}),
+        Arm("trsp-no-hidden", "this configuration, imitating logits alone", {}, {"hidden": 0.0}),
         Arm("trsp-untrained", "chosen as by trsp, cut, not trained", {}),
         Arm("trsp-fold", "chosen as by trsp, cut, folded in closed form, not trained", {}, _FOLD),
         Arm("lm-then-cut", "chosen as by trsp, trained without penalty, then cut", {}, _PLAIN),
@@ -98,16 +102,17 @@ def chosen_arms(names: str | Iterable[str]) -> list[Arm]:
     """The arms by name, `dense` first: it is what all others are measured against.
 
     Args:
-        names: with commas or one by one; `core` and `all` stand for many.
+        names: with commas or one by one; `core`, `parts` (the method without one of its parts) and `all` stand for
+            many.
 
     Raises:
         UserError: there is no such arm.
     """
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",")]
-    groups = {"core": CORE, "all": tuple(ARMS)}
+    groups = {"core": CORE, "parts": PARTS, "all": tuple(ARMS)}
     wanted = list(dict.fromkeys(["dense", *(one for name in names for one in groups.get(name, (name,)))]))
     for name in wanted:
         if name not in ARMS:
-            raise UserError(f"there is no arm {name!r}; give core, all, or some of {', '.join(ARMS)}.")
+            raise UserError(f"there is no arm {name!r}; give core, parts, all, or some of {', '.join(ARMS)}.")
     return [ARMS[name] for name in wanted]
