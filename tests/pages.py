@@ -31,7 +31,7 @@ REPORT = {
         {"step": 0, "steps": 1, "loss": 2.5, "lm_loss": 2.0, "penalty": 0.5, "D": {"1": 3.5, "3": None},
          "gate": 1.0, "lambda2": 1.0, "lr": 1e-3, "gradient_norm": 1.0}
     ],
-    "tokens": {"calibration": 512, "windows": 8, "seq_len": 64, "evaluation": 640, "trained_on": 512},
+    "tokens": {"calibration": 512, "windows": 8, "seq_len": 64, "evaluation": 640, "trained_on": 512, "replaced": 0.1},
     "seconds": {"select": 1.0, "transfer": 2.5},
     "run": {"device": "cpu", "dtype": "float32"},
     "config": {"ratio": None, "select": {"lr": 0.5}},

@@ -78,6 +78,7 @@ def test_presets_differ_in_what_they_are_named_for():
     assert TRSPConfig.from_preset("paper").select.gate_mode == "output"
     assert TRSPConfig.from_preset("authors-code").transfer.norm == "frobenius"
     assert TRSPConfig.from_preset("cut-first").transfer.hold == 1
+    assert [name for name in PRESETS if TRSPConfig.from_preset(name).transfer.replaced] == ["default"]
     assert TRSPConfig.from_preset("paper", transfer={"lambda2": 0.5}).transfer.lambda2 == 0.5
 
 

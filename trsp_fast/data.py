@@ -111,9 +111,9 @@ def with_noise(tokens: Tensor, share: float, seed: int) -> Tensor:
     if not share:
         return tokens
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(tokens.shape, generator=generator) < share
-    others = tokens.flatten()[torch.randint(tokens.numel(), tokens.shape, generator=generator)]
-    return torch.where(chosen, others, tokens)
+    chosen = torch.rand(tokens.shape, generator=generator) < share  # on the CPU: the same on every machine
+    others = torch.randint(tokens.numel(), tokens.shape, generator=generator)
+    return torch.where(chosen.to(tokens.device), tokens.flatten()[others.to(tokens.device)], tokens)
 
 
 def evaluation_windows(stream: Tensor, length: int, most: int | None = None) -> Tensor:

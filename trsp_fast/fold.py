@@ -4,7 +4,8 @@ A decoder layer ends with a projection whose output is added to the residual str
 change W of its weight changes the stream by h W, where h is the projection's input. So the W that brings the stream
 nearest to the untouched model's, where the next layer reads it, is a ridge regression. It is solved for one layer after
 the other, from just before the first gap to the last layer, each on the states that the folded layers below hand on:
-two forward passes of the shorter model, and one of the teacher where its states are not stored.
+two forward passes of the shorter model, and one of the teacher where its states are not stored (more where there is no
+room for those of one layer).
 
 ReplaceMe (arXiv 2505.02819) fits one linear map behind the projection before one removed block. Here the projection's
 own weight is fitted, and that of every later layer too, against what is still lacking there.
@@ -203,11 +204,11 @@ class _Folding:
         owners = Counter(id(p) for module in self.projections.values() for p in module.parameters())
         self.weights = {weight for weight in weights if owners[weight] < 2}
         self.hidden = model.config.get_text_config(decoder=True).hidden_size
-        models = [model, *([teacher.model] if isinstance(teacher, UntouchedModel) else [])]
-        needed = len(models) * 2 * 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # old ones and new
-        place = _place(needed, self.device)
-        self.walk, *others = (_Walk(one, tokens, self.parts, place, highest) for one in models)
-        self.untouched = others[0] if others else None
+        states = 4 * self.hidden * tokens.shape[1] * sum(map(len, self.parts))  # bytes of those of all windows
+        self.walk = _Walk(model, tokens, self.parts, _place(2 * states, self.device), highest)  # old ones and new
+        self.untouched = None
+        if isinstance(teacher, UntouchedModel):  # while one model's old and new ones are there, of the other's one
+            self.untouched = _Walk(teacher.model, tokens, self.parts, _place(3 * states, self.device), highest)
 
     @torch.no_grad()
     def fold_one(self, layer: int, point: int) -> Folded | None:
@@ -333,7 +334,8 @@ class _Folding:
         for part, output in self._outputs(layer):
             if point is not None:
                 left += (self._target(part, point).float() - output.float()).double().pow(2).sum()
-            self.walk.keep(output, layer + 1, states)
+            if layer + 1 < self.walk.end:
+                self.walk.keep(output, layer + 1, states)
         self.walk.go(layer + 1, states)
         self.group.sum([left])
         return float(left)

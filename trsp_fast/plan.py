@@ -78,7 +78,8 @@ def forecast(model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, evaluat
         seconds["stage 1"], steps["stage 1"] = _stage_1(model, tokens, config, count, forward, plans)
     if config.transfer.happens:
         seconds["stage 2"], steps["stage 2"] = _stage_2(model, tokens, layers, config, plans)
-        seconds["stage 2"] += 2 * forward * len(tokens) * (1 - count / total) if config.transfer.folds else 0.0
+        passes = 2 * (1 - count / total) + 1  # of the shorter model, and of the untouched one for its states
+        seconds["stage 2"] += passes * forward * len(tokens) if config.transfer.folds else 0.0
     rounds = (REPEATS + 1) * (2 - count / total) + 1  # of both models, and about one for the proof
     with contextlib.nullcontext() if config.transfer.happens else placed(model, config):
         seconds["speed and proof"] = seconds_of_a_round(model) * rounds

@@ -306,7 +306,8 @@ def _teacher(
 
     def copied() -> Teacher:
         held = sum(parameter.nbytes for parameter in trained.values())
-        return UntouchedModel(group.untouched(model, trained), points, held, whole=group.sharded)
+        untouched = group.untouched(model, trained)  # a fold runs it as it goes
+        return UntouchedModel(untouched, _points(model, layers, settings), held, whole=group.sharded)
 
     if group.sharded:  # every process would store the states of windows that others will draw
         return copied()

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama
 
 from trsp_fast import laco
-from trsp_fast.compare.arms import ARMS, CORE, PARTS, chosen_arms
+from trsp_fast.compare.arms import ARMS, CORE, chosen_arms
 from trsp_fast.compare.output import compare_into
 from trsp_fast.compare.runner import Comparer, layer_counts
 from trsp_fast.config import TRSPConfig, merge
@@ -90,12 +90,10 @@ def test_arms_say_what_is_minimised_and_when_layers_leave():
 
 def test_the_parts_are_left_out_one_at_a_time():
     base = TRSPConfig(num_layers=2)
-    for arm in chosen_arms("parts"):
-        if arm.name.startswith("trsp-no-"):
-            part = arm.name.removeprefix("trsp-no-")
-            changes = {part: "none" if part == "fold" else 0.0}
-            assert arm.config(base, 0) == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": changes}))
-    assert [arm.name for arm in chosen_arms("parts")] == ["dense", *PARTS]
+    for part, without in {"noise": 0.0, "fold": "none", "hidden": 0.0}.items():
+        arm = next(arm for arm in chosen_arms("parts") if arm.name == f"trsp-no-{part}")
+        assert arm.config(base, 0) == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": {part: without}}))
+        assert arm.config(base, 0) != base
 
 
 # ---- rows

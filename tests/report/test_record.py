@@ -142,7 +142,7 @@ def test_the_card_says_where_the_model_is_from_and_carries_the_licence_over(run)
         f"| the result | {result.perplexity['pruned']:,.2f} |",
         "export proven",
         "Licence: a-licence, carried over",
-        "640 tokens of `text.txt` were trained on",
+        "640 tokens of `text.txt` were trained on, 10% of them replaced by others of it.",
         "trsp-fast prune `x` --num-layers 2",
         f"torch {torch.__version__}",
         'AutoModelForCausalLM.from_pretrained("FOLDER"',

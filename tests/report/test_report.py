@@ -55,6 +55,7 @@ def test_the_page_shows_every_number_and_is_self_contained(tmp_path):
         "4.00 kB",
         "2.40 kB",
         "trsp-fast prune x --layers 1,3",
+        "10% of them were replaced",
         "select.lr",
     ):
         assert shown in text, shown

@@ -1,7 +1,8 @@
 """The arms of a comparison: who chooses the layers, and on what the calibration tokens are spent.
 
 All arms have the same tokens in the same order, the same passes over them, the same optimiser, learning rate, warm-up
-and clipping: those of the configuration. An arm says only what is minimised, and when the layers leave the function.
+and clipping: those of the configuration. An arm says only what is minimised, and when the layers leave the function;
+with noise (`transfer.noise`, in the arms that train as `trsp` does) some of the tokens are replaced.
 """
 
 from collections.abc import Iterable
@@ -58,7 +59,12 @@ def _named() -> dict[str, Arm]:
     arms = [
         Arm("dense", "nothing removed, nothing trained"),
         Arm("dense-lm", "nothing removed, trained on the same tokens", None, _PLAIN),
-        Arm("trsp", "this configuration; by default cut, then distilled from logits and hidden states", {}, {}),
+        Arm(
+            "trsp",
+            "this configuration; by default cut, folded, distilled from logits and hidden states, noise",
+            {},
+            {},
+        ),
         Arm("trsp-paper", "as published: gates on the output, l2 penalty, all layers on", _paper_choice(), _PAPER),
         Arm("trsp-l1", "as published, with the l1 penalty", _paper_choice(), {**_PAPER, "norm": "l1"}),
         Arm("trsp-oneshot", "this configuration, all layers chosen after one round", {"schedule": "oneshot"}, {}),

@@ -50,7 +50,7 @@ def _layers(report: dict[str, Any]) -> str:
     if report["transfer"]:
         texts.append(
             f"Before the cut their knowledge was moved into the layers that stay (stage 2): "
-            f"{tokens['trained_on']:,} tokens{data} were trained on."
+            f"{tokens['trained_on']:,} tokens{data} were trained on{_replaced(tokens)}."
         )
     elif report["trained"] and report["config"]["select"].get("train_weights") and report["selection"]["rounds"]:
         windows = min(tokens["windows"], report["config"]["select"]["samples"] or tokens["windows"])
@@ -62,6 +62,11 @@ def _layers(report: dict[str, Any]) -> str:
         texts.append("No weight was trained: the layers that stay have the bytes of the source.")
     texts.append(f"Calibration: {tokens['windows']:,} windows of {tokens['seq_len']:,} tokens{data}.")
     return " ".join(texts)
+
+
+def _replaced(tokens: dict[str, Any]) -> str:
+    share = tokens.get("replaced", 0.0)  # reports of version 0.1.0's first days have none
+    return f", {share:.0%} of them replaced by others of it" if share else ""
 
 
 def _perplexities(report: dict[str, Any]) -> str:

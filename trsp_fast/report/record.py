@@ -85,6 +85,7 @@ def report_of(outcome: Outcome) -> dict[str, Any]:
                 "seq_len": outcome.tokens.shape[1],
                 "evaluation": 0 if outcome.evaluation is None else outcome.evaluation.numel(),
                 "trained_on": outcome.tokens.numel() * config.transfer.passes,
+                "replaced": config.transfer.replaced,  # of those of stage 2
             },
             "seconds": outcome.seconds,
             "run": outcome.run,
