@@ -184,6 +184,39 @@ def is_lowest_elsewhere(ours: Summary, rivals: list[Summary]) -> bool:
     return ours.perplexity_other is not None and all(ours.perplexity_other[0] < value for value in others)
 
 
+def parts() -> str:
+    """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
+    names = ("trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
+    lines = [
+        "| model | removed | `trsp` | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("compare_*.json")):
+        content = json.loads(file.read_text())
+        found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
+        for removed in sorted({removed for removed, arm in found if arm in names}):
+            whole = found[removed, "trsp"]
+            cells = [file.stem.removeprefix("compare_"), f"{removed} of {content['layers']}"]
+            cells.append(f"{whole.perplexity[0]:,.2f}" + _beside(whole.perplexity_other, "{:,.1f}"))
+            for name in names:
+                one = found.get((removed, name))
+                cells.append("-" if one is None or one.difference is None else _change(one, whole))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _change(one: Summary, whole: Summary) -> str:
+    assert one.difference is not None
+    other = None
+    if one.difference_other and whole.perplexity_other:
+        other = (one.difference_other[0] / whole.perplexity_other[0],)
+    return f"{one.difference[0] / whole.perplexity[0]:+.1%}" + _beside(other, "{:+.1%}")
+
+
+def _beside(values: tuple[float, ...] | None, form: str) -> str:
+    return "" if values is None else f" ({form.format(values[0])})"
+
+
 def not_beaten(rows: list[dict[str, Any]], removed: int) -> list[str]:
     """The rivals that are as good as `trsp` with some seed, the arms of 0 removed layers apart."""
     here = [row for row in rows if row["removed"] == removed and row["layers"]]
@@ -261,6 +294,7 @@ def line(label: str, dtype: str, which: str, found: dict[str, dict[str, Any] | N
 SECTIONS = {
     "comparison": comparison,
     "comparisons": comparisons,
+    "parts": parts,
     "performance": tables,
     "surgery": surgery,
     "kv cache": kv_cache,
