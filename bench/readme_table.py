@@ -184,6 +184,32 @@ def is_lowest_elsewhere(ours: Summary, rivals: list[Summary]) -> bool:
     return ours.perplexity_other is not None and all(ours.perplexity_other[0] < value for value in others)
 
 
+def choices() -> str:
+    """Layers and perplexity of the direct cut beside SLEB's, and what each choice costs."""
+    lines = [
+        "| model | removed | `trsp` takes | SLEB takes | `trsp` | SLEB | difference | forward passes | of our SLEB's "
+        "| of a SLEB's on whole passes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("choice_*.json")):
+        content, name = json.loads(file.read_text()), file.stem.removeprefix("choice_")
+        compared = json.loads((RESULTS / f"compare_{name}.json").read_text())["arms"]
+        windows = next(row["window_forwards"] for row in compared if row["arm"] == "cut-shortgpt-distill")  # each once
+        rows = {(row["removed"], row["seed"], row["arm"]): row for row in content["arms"]}
+        for (removed, seed, arm), ours in sorted(rows.items()):
+            if arm == "trsp-untrained":
+                rival, total = rows[removed, seed, "sleb"], content["layers"]
+                whole = windows * sum(total - gone for gone in range(removed))
+                cells = [name, f"{removed} of {total}"]
+                cells += [", ".join(map(str, row["layers"])) for row in (ours, rival)]
+                cells += [f"{row['perplexity']:,.2f}" for row in (ours, rival)]
+                cells.append(f"{ours['perplexity'] / rival['perplexity'] - 1:+.1%}")
+                cells.append(f"{ours['window_forwards']:,}")
+                cells += [f"{ours['window_forwards'] / forwards:.2f}" for forwards in (rival["window_forwards"], whole)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def parts() -> str:
     """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
     names = ("trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
@@ -295,6 +321,7 @@ SECTIONS = {
     "comparison": comparison,
     "comparisons": comparisons,
     "parts": parts,
+    "choices": choices,
     "performance": tables,
     "surgery": surgery,
     "kv cache": kv_cache,
