@@ -43,7 +43,7 @@ def run(tmp_path_factory, tokens):
         "num_layers": 2,
         "data": {"batch": 4},
         "select": {"steps_per_round": 2},
-        "transfer": {"epochs": 2},
+        "transfer": {"epochs": 2, "noise": 0.1},
     }
     about = {"data": "text.txt", "evaluation_data": "the rest", "command": "trsp-fast prune `x` --num-layers 2"}
     config = trsp.TRSPConfig.from_dict(settings)
