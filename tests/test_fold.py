@@ -15,7 +15,7 @@ from trsp_fast import cli
 from trsp_fast.config import TRSPConfig
 from trsp_fast.data import with_noise
 from trsp_fast.engine.session import Session
-from trsp_fast.engine.teacher import InputTap, UntouchedModel
+from trsp_fast.engine.teacher import InputTap, StoredStates, UntouchedModel
 from trsp_fast.errors import UserError
 from trsp_fast.fold import RIDGES, VALIDATION, _Folding, fold, fold_points, projections
 from trsp_fast.models.gates import bypassed
@@ -237,6 +237,24 @@ def test_a_bias_of_two_layers_is_left_alone_and_their_weights_are_not(tokens):
     assert {1, 3} <= set(folded(model, tokens, [2]))
     assert "transformer.h.1.mlp.c_proj.bias" not in changed(model, before)
     assert "transformer.h.1.mlp.c_proj.weight" in changed(model, before)
+
+
+@pytest.mark.parametrize(("hidden", "points"), [(0.0, []), (1.0, [1, 3, 5, 6])])
+def test_states_for_the_fold_alone_are_gone_before_training(llama, tokens, monkeypatch, hidden, points):
+    module, teachers = sys.modules["trsp_fast.transfer"], []
+
+    def watched(model, teacher, *rest):
+        assert isinstance(teacher, StoredStates)
+        assert set(fold_points(model, [2, 4])) <= set(teacher.inputs)
+        teachers.append((teacher, teacher.held))
+        return plain(model, teacher, *rest)
+
+    plain = module._fold
+    monkeypatch.setattr(module, "_fold", watched)
+    transfer(llama, tokens, [2, 4], config(fold="start", epochs=1, hidden=hidden))
+    ((teacher, held),) = teachers
+    assert sorted(teacher.inputs) == points
+    assert (teacher.held < held) == (not hidden)
 
 
 def test_alone_is_a_stage_2_without_training(llama, tokens):

@@ -28,7 +28,7 @@ from trsp_fast.engine.precision import Masters, fp32_weights
 from trsp_fast.engine.readback import Figures, Readback
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
-from trsp_fast.engine.teacher import InputTap, Teacher, UntouchedModel, hidden_distance
+from trsp_fast.engine.teacher import InputTap, StoredStates, Teacher, UntouchedModel, hidden_distance
 from trsp_fast.errors import UserError
 from trsp_fast.fold import VALIDATION, fold, fold_points, projections
 from trsp_fast.models.compiled import compiled_layers
@@ -125,6 +125,8 @@ def transfer(
             if state is None and settings.folds:
                 assert teacher is not None
                 _fold(model, teacher, tokens, gates, weights, masters, session)
+            if isinstance(teacher, StoredStates):  # what was there for the fold alone
+                teacher.inputs = {point: teacher.inputs[point] for point in _points(model, layers, settings)}
             if steps:
                 weights = session.group.own(weights)
                 optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))

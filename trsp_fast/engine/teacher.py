@@ -6,7 +6,7 @@ model: 2 bytes a number instead of a second model in memory, and no second forwa
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -96,13 +96,11 @@ class StoredStates:
     head: nn.Linear | None
     before_head: Tensor
     inputs: dict[int, Tensor]
-    held: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        tensors = [self.before_head, *self.inputs.values()]
-        if self.before_head.is_pinned():
-            tensors = []
-        self.held = sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
+    @property
+    def held(self) -> int:
+        tensors = [] if self.before_head.is_pinned() else [self.before_head, *self.inputs.values()]
+        return sum(t.nbytes for t in tensors) + (self.head.weight.nbytes if self.head is not None else 0)
 
     def targets(self, rows: Tensor, tokens: Tensor) -> Targets:
         """As `UntouchedModel.targets`."""
