@@ -134,5 +134,6 @@ def test_noise_replaces_a_share_of_the_tokens_by_others_of_the_text():
     assert torch.equal(noisy, data.with_noise(tokens, 0.25, 3))
     assert not torch.equal(noisy, data.with_noise(tokens, 0.25, 4))
     assert data.with_noise(tokens, 0.0, 3) is tokens
+    assert data.with_noise(tokens.to("meta"), 0.25, 3).device.type == "meta"  # it is made on the CPU for any device
     often = torch.where(tokens % 10 == 0, tokens, 7)  # a token that is nine tenths of the text is that often drawn
     assert float((data.with_noise(often, 1.0, 3) == 7).float().mean()) == pytest.approx(0.9, abs=0.01)
