@@ -1,6 +1,7 @@
 """compare: arms differ in what they say they do and in nothing else; rows, sentences and pages say what was found."""
 
 import copy
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -49,9 +50,8 @@ def test_core_is_what_the_readme_says_and_every_method_has_its_arms():
     assert [arm.name for arm in chosen_arms("core, trsp-fold")] == ["dense", *CORE, "trsp-fold"]
     assert {arm.name for arm in chosen_arms("all")} == set(ARMS)
     for method in METHODS:
-        assert {f"cut-{method}-lm", f"cut-{method}-distill", "trsp-untrained" if method == "trsp" else method} <= set(
-            ARMS
-        )
+        cut = {f"cut-{method}-{then}" for then in ("lm", "distill", "distill-noise")}
+        assert cut | {"trsp-untrained" if method == "trsp" else method} <= set(ARMS)
 
 
 def test_an_unknown_arm_is_refused():
@@ -85,6 +85,8 @@ def test_arms_say_what_is_minimised_and_when_layers_leave():
     assert of["cut-sleb-distill"].transfer.hidden == 0.0
     assert of["cut-sleb-distill"].select.method == "sleb"
     assert of["cut-sleb-distill"].transfer.replaced == of["cut-sleb-lm"].transfer.replaced == 0.0
+    noisy, plain = of["cut-sleb-distill-noise"].transfer, of["cut-sleb-distill"].transfer
+    assert (noisy.replaced, noisy) == (base.transfer.noise, dataclasses.replace(plain, noise=base.transfer.noise))
     assert of["cut-sleb-imitate"].transfer == base.transfer
 
 

@@ -88,9 +88,10 @@ def _named() -> dict[str, Arm]:
             arms.append(Arm(method, f"chosen by {method}, cut, not trained", choice))
         arms.append(Arm(f"cut-{method}-lm", f"chosen by {method}, cut, then trained", choice, _CUT))
         distilled = {**_CUT, "objective": "distill"}
-        arms.append(
-            Arm(f"cut-{method}-distill", f"chosen by {method}, cut, then distilled from logits", choice, distilled)
-        )
+        noisy = {name: value for name, value in distilled.items() if name != "noise"}  # as the configuration has it
+        about = f"chosen by {method}, cut, then distilled from logits"
+        arms.append(Arm(f"cut-{method}-distill", about, choice, distilled))
+        arms.append(Arm(f"cut-{method}-distill-noise", f"{about}, on tokens with trsp's noise", choice, noisy))
         if method != "trsp":
             arms.append(Arm(f"cut-{method}-fold", f"chosen by {method}, cut, folded in closed form", choice, _FOLD))
             arms.append(Arm(f"cut-{method}-imitate", f"chosen by {method}, then trained as trsp is", choice, {}))
