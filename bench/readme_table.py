@@ -226,17 +226,22 @@ def parts() -> str:
             cells.append(f"{whole.perplexity[0]:,.2f}" + _beside(whole.perplexity_other, "{:,.1f}"))
             for name in names:
                 one = found.get((removed, name))
-                cells.append("-" if one is None or one.difference is None else _change(one, whole))
+                cells.append("-" if one is None or one.difference is None else _change(one))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _change(one: Summary, whole: Summary) -> str:
+def _change(one: Summary) -> str:
+    """By how much the arm is above `trsp`, as a share of what `trsp` has with the same seeds."""
     assert one.difference is not None
     other = None
-    if one.difference_other and whole.perplexity_other:
-        other = (one.difference_other[0] / whole.perplexity_other[0],)
-    return f"{one.difference[0] / whole.perplexity[0]:+.1%}" + _beside(other, "{:+.1%}")
+    if one.difference_other and one.perplexity_other:
+        other = (_share(one.difference_other[0], one.perplexity_other[0]),)
+    return f"{_share(one.difference[0], one.perplexity[0]):+.1%}" + _beside(other, "{:+.1%}")
+
+
+def _share(difference: float, total: float) -> float:
+    return difference / (total - difference)
 
 
 def _beside(values: tuple[float, ...] | None, form: str) -> str:

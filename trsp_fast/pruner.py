@@ -179,7 +179,7 @@ def _check_identity(stage: Path, identity: dict[str, Any], accept_changes: bool,
         if not accept_changes:
             require_same(before, now)
         elif found := first_difference(before, now):
-            events.note("{} was {} and is {} from here on; what was done before stays.".format(*found))
+            events.note(f"the interrupted run had {found}; what was done before stays.")
     write_durably(path, (json.dumps(identity, indent=1) + "\n").encode())
 
 

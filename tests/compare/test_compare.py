@@ -359,7 +359,7 @@ def test_a_killed_comparison_goes_on(tmp_path):
     with pytest.raises(UserError, match="--resume"):
         compare_into(tmp_path / "out", comparer(), arms, [1], [0], ABOUT)
     other = copy.deepcopy(tiny_llama(seed=3))
-    with pytest.raises(UserError, match="had model"):
+    with pytest.raises(UserError, match="had another model; give the same"):
         compare_into(tmp_path / "out", comparer(other), arms, [1], [0], ABOUT, resume=True)
     again = []
     events = Events(lambda kind, values: again.append(values["arm"]) if kind == "arm" else None)

@@ -38,12 +38,16 @@ def test_compare_refuses_tokens_that_the_model_does_not_have(run, tmp_path):
 
 def test_the_amount_may_come_from_the_configuration_and_options_win(run, tmp_path):
     save_file({"tokens": torch.arange(40 * 16).view(40, 16)}, tmp_path / "t.safetensors")
-    for name, options, removed in (("a", [], 6), ("b", ["--num-layers", "1"], 1)):
+    for name, options, removed in (
+        ("a", [], [6]),
+        ("b", ["--num-layers", "1"], [1]),
+        ("c", ["--num-layers", "2", "--ratio", "0.25"], [2, 3]),
+    ):
         given = ["--data", tmp_path / "t.safetensors", "--arms", "last", "--seeds", "0", "--set", "ratio=0.5", "--json"]
         given += ["--set", "data.seq_len=16"]
         code, answer, error = run("compare", "demo", *given, *options, "--out", tmp_path / name)
         assert code == 0, error
-        assert [row["removed"] for row in json.loads(answer)["arms"]] == [0, removed]
+        assert [row["removed"] for row in json.loads(answer)["arms"]] == [0, *removed]
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_its_cells(capsys):

@@ -157,8 +157,10 @@ def test_the_first_difference_is_named():
     require_same(one, {"model": "a", "config": {"transfer": {"clip": 1.0, "lr": 1e-3}}})
     with pytest.raises(UserError, match=r"had config.transfer.lr = 0.001, this one has 0.002"):
         require_same(one, {"config": {"transfer": {"lr": 2e-3, "clip": 2.0}}, "model": "b"})
-    with pytest.raises(UserError, match="had model = a, this one has b"):
+    with pytest.raises(UserError, match="had another model;"):
         require_same(one, {**one, "model": "b"})
+    with pytest.raises(UserError, match="had other evaluation tokens;"):
+        require_same({"evaluation": None}, {"evaluation": "abc"})
 
 
 @pytest.mark.parametrize("change", ["value", "order", "dtype", "name", "settings"])

@@ -145,7 +145,9 @@ def compare(
     data: Annotated[str | None, typer.Option("--data", help="As for prune; the built-in model's is demo.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of table, page and numbers.")] = Path("comparison"),
     ratio: Annotated[str | None, typer.Option("--ratio", help="Shares of the layers, for example 0.125,0.25.")] = None,
-    num_layers: Annotated[str | None, typer.Option("--num-layers", help="Numbers of layers, for example 1,2.")] = None,
+    num_layers: Annotated[
+        str | None, typer.Option("--num-layers", help="Numbers of layers, for example 1,2; beside --ratio, both.")
+    ] = None,
     arms: Annotated[
         str, typer.Option("--arms", help="Names with commas; core, parts and all are many; see docs/results.md.")
     ] = "core",
@@ -178,15 +180,8 @@ def compare(
     chosen, numbers = chosen_arms(arms), number_list("seeds", seeds, int)
     if len(set(numbers)) != max(1, len(numbers)):
         raise UserError(f"seeds is {seeds!r}; give at least one, and each only once.")
-    ratios, layer_numbers = number_list("ratio", ratio, float), number_list("num_layers", num_layers, int)
-    values = config_values(None, None, None, None, preset, config, settings, device, dtype)
-    base = TRSPConfig.from_dict(values)
-    if base.layers is not None or base.seed:
-        what = f"seed is {base.seed}" if base.seed else f"layers is {list(base.layers or ())}"
-        raise UserError(f"{what} in the configuration; a comparison takes --seeds, and --ratio or --num-layers.")
-    if not ratios and not layer_numbers:  # as the configuration says
-        ratios = [] if base.ratio is None else [base.ratio]
-        layer_numbers = [] if base.num_layers is None else [base.num_layers]
+    base = TRSPConfig.from_dict(config_values(None, None, None, None, preset, config, settings, device, dtype))
+    ratios, layer_numbers = _amounts(base, ratio, num_layers)
     for seed in numbers:
         TRSPConfig(num_layers=1, seed=seed)  # refuses one that is out of range
     if data is None:
@@ -221,6 +216,17 @@ def compare(
         table(table_head(some), table_rows(some))
         print("\n".join(sentences(some, found["layers"], without)).replace("**", ""))
     print(f"table, page and numbers: {out}")
+
+
+def _amounts(base: Any, ratio: str | None, num_layers: str | None) -> tuple[list[float], list[int]]:
+    """Shares and numbers of layers to compare at: those of the options, else the configuration's."""
+    if base.layers is not None or base.seed:
+        what = f"seed is {base.seed}" if base.seed else f"layers is {list(base.layers or ())}"
+        raise UserError(f"{what} in the configuration; a comparison takes --seeds, and --ratio or --num-layers.")
+    ratios, numbers = number_list("ratio", ratio, float), number_list("num_layers", num_layers, int)
+    if ratios or numbers:
+        return ratios, numbers
+    return [] if base.ratio is None else [base.ratio], [] if base.num_layers is None else [base.num_layers]
 
 
 def _comparer(loaded: Any, tokenizer: Any, data: str, eval_data: str | None, config: Any, as_json: bool) -> Any:

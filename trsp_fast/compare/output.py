@@ -102,10 +102,7 @@ def _found(state: Path, identity: dict[str, Any]) -> Comparison:
     except (ValueError, KeyError, TypeError):
         raise UserError("the interrupted comparison's state is damaged; give --restart to begin anew.") from None
     if different := first_difference(before, identity):
-        raise UserError(
-            "the interrupted comparison had {} = {}, this one has {}; give the same, or --restart to begin "
-            "anew.".format(*different)
-        )
+        raise UserError(f"the interrupted comparison had {different}; give the same, or --restart to begin anew.")
     return comparison
 
 

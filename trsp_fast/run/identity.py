@@ -13,6 +13,14 @@ SAMPLED = 4096  # elements of each weight that are hashed as they are; all of th
 
 _ORIGINS = ("_name_or_path", "name_or_path", "transformers_version")
 
+# digests, which say nothing to a reader
+_DIGESTS = {
+    "model": "another model",
+    "tokens": "other calibration tokens",
+    "evaluation": "other evaluation tokens",
+    "other": "other tokens of another domain",
+}
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,16 +64,19 @@ def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
         UserError: naming the first difference.
     """
     if found := first_difference(before, now):
-        name, old, new = found
         raise UserError(
-            f"the interrupted run had {name} = {old}, this one has {new}; give the same, or --accept-changes to go on "
-            "all the same, or --restart to begin anew."
+            f"the interrupted run had {found}; give the same, or --accept-changes to go on all the same, or --restart "
+            "to begin anew."
         )
 
 
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Name, old and new value of the first difference; `before` is as its file has it."""
-    return _difference(before, json.loads(json.dumps(now)), "")  # tuples become lists, as in the file
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What the interrupted one had, in words that follow "had"; `before` is as its file has it, None: no difference."""
+    found = _difference(before, json.loads(json.dumps(now)), "")  # tuples become lists, as in the file
+    if found is None:
+        return None
+    name, old, new = found
+    return _DIGESTS.get(name, f"{name} = {old}, this one has {new}")
 
 
 def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:

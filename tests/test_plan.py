@@ -1,0 +1,24 @@
+"""plan: what a forecast counts, whatever this machine's speed."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from trsp_fast import plan
+from trsp_fast.config import TRSPConfig
+
+SECOND = 1.0  # a forward pass of one window of the whole model
+
+
+@pytest.mark.parametrize(("fold", "epochs", "passes"), [("none", 1, 0), ("start", 1, 2), ("alone", 0, 2)])
+def test_a_fold_counts_two_passes_of_the_shorter_model_and_one_of_the_untouched(monkeypatch, fold, epochs, passes):
+    monkeypatch.setattr(plan, "_seconds_of_a_window", lambda *_: SECOND)
+    monkeypatch.setattr(plan, "_seconds_per_step", lambda *_: 10.0)
+    tokens = torch.randint(0, 97, (8, 16), generator=torch.Generator().manual_seed(0))
+    transfer = {"fold": fold, "epochs": epochs, "gate": "anneal", "hold": 1.0}
+    config = TRSPConfig.from_dict({"layers": [1, 4, 5], "data": {"batch": 4}, "transfer": transfer})
+    found = plan.forecast(tiny_llama(6), tokens, config)
+    training = 0 if fold == "alone" else 2 * 10.0  # 8 windows, 4 a step
+    folding = 8 * SECOND * (passes * 3 / 6 + 1) if passes else 0.0
+    assert found.seconds["stage 2"] == training + folding
+    assert found.steps["stage 2"] == (0 if fold == "alone" else 2)
