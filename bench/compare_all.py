@@ -20,6 +20,8 @@ from typing import Any
 
 from results_page import RESULTS, shown_evidence, write_page
 
+from trsp_fast.data import standard_library
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # name -> (model, text to calibrate and evaluate on, text of another domain); what lies beside the checkout is optional
@@ -43,6 +45,8 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
     if not all(source == "demo" or Path(source).exists() for source in (model, data)):
         print(f"{name}: {model} or {data} is not there; left out")
         return True
+    if arguments.unseen:
+        data = unseen_text(Path(arguments.out or tempfile.mkdtemp(prefix="unseen-")))
     command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
     command += ["--eval-data", other] if other and Path(other).exists() else []
     command += [part for setting in arguments.set for part in ("--set", setting)]
@@ -71,6 +75,8 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
         return False
     merged = _joined([json.loads((folder / "comparison.json").read_text()) for folder in finished])
     text = json.dumps(merged).replace(str(SHARED), "../shared/data")
+    if arguments.unseen:
+        text = text.replace(json.dumps(data)[1:-1], "Python sources that the model was not trained on")
     if name in arguments.folder:
         text = text.replace(json.dumps(model)[1:-1], name)
     values = json.loads(text)
@@ -88,6 +94,14 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
         shutil.rmtree(folder)
     print(target)
     return True
+
+
+def unseen_text(folder: Path) -> str:
+    """A file with what was held out when the models of Python sources were trained; of it again a tenth is held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "unseen.txt"
+    path.write_text("\n\n".join(standard_library("held-out")), encoding="utf-8")
+    return str(path)
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,6 +131,9 @@ def main() -> None:
     parser.add_argument("--ratio", default="0.25")
     parser.add_argument("--num-layers")
     parser.add_argument("--set", action="append", default=[], help="as of trsp-fast compare")
+    parser.add_argument(
+        "--unseen", action="store_true", help="calibrate models of Python sources on files they were not trained on"
+    )
     parser.add_argument("--suffix", default="", help="of the results file, for another budget of the same subject")
     parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")
     parser.add_argument(
@@ -135,6 +152,8 @@ def main() -> None:
     for name in names:
         if name not in arguments.folder and name not in SUBJECTS:
             parser.error(f"there is no subject {name!r}; give some of {', '.join(SUBJECTS)}, or --model.")
+    if arguments.unseen and "stories260K" in names:
+        parser.error("--unseen is for models of Python sources; stories260K is calibrated on unseen stories anyway.")
     ends = time.monotonic() + arguments.budget if arguments.budget else math.inf
     try:
         found = arguments.page_only or all([run(name, arguments, ends) for name in names])

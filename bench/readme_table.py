@@ -8,12 +8,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
 
 from results_page import other_settings, quarter
 
-from trsp_fast.report.comparison import HEAD, Summary, amount, sentences, summaries, table_rows
+from trsp_fast.report.comparison import HEAD, Summary, amount, bullets, sentences, summaries, table_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -139,7 +139,7 @@ def comparison() -> str:
     table = [HEAD, *table_rows(rows)]
     lines = ["| " + " | ".join(row[column] for column in columns) + " |" for row in table]
     lines.insert(1, "|" + "---|" * len(columns))
-    return "\n".join(lines) + "\n\n" + "\n\n".join(sentences(rows, content["layers"], problems))
+    return "\n".join(lines) + "\n\n" + bullets(sentences(rows, content["layers"], problems))
 
 
 def comparisons() -> str:
@@ -155,9 +155,7 @@ def comparisons() -> str:
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())
         found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
-        name, *more = file.stem.removeprefix("compare_").split("_")
-        name += ", H200" if "h200" in more else ""
-        name += ", older defaults" if other_settings(content["config"]) else ""
+        name = subject(file, content)
         for removed in sorted({removed for removed, _ in found if removed}):
             here = {arm: entry for (count, arm), entry in found.items() if count == removed}
             trained = [entry for arm, entry in here.items() if is_rival(arm) and entry.tokens]
@@ -176,6 +174,14 @@ def comparisons() -> str:
         f"On text of another domain it has the lowest mean in {sum(elsewhere)} of {len(elsewhere)} rows that have one."
     )
     return f"{table}\n\n`trsp` is better than every rival with every seed {said}. {other}"
+
+
+def subject(file: Path, content: dict[str, Any]) -> str:
+    """What was pruned, on what text and machine if they are not the usual ones."""
+    name, *more = file.stem.removeprefix("compare_").split("_")
+    name += ", unseen text" if "unseen" in more else ""
+    name += ", H200" if "h200" in more else ""
+    return name + (", older defaults" if other_settings(content["config"]) else "")
 
 
 def is_lowest_elsewhere(ours: Summary, rivals: list[Summary]) -> bool:
@@ -210,6 +216,61 @@ def choices() -> str:
     return "\n".join(lines)
 
 
+def rates() -> str:
+    """`trsp` and the best rival that trains at several learning rates, on the same seeds."""
+    names = sorted({file.stem.split("_")[1] for file in RESULTS.glob("rate_*.json")})
+    rows = [row for name in names for row in _at_rates(name)]
+    used = sorted({rate for row in rows for rate in row.trsp})
+    lines = [
+        "| model | removed | seeds | " + " | ".join(f"`trsp`, {r:g} | best rival, {r:g}" for r in used) + " |",
+        "|" + "---|" * (3 + 2 * len(used)),
+    ]
+    won = 0
+    for row in rows:
+        cells = [row.model, row.removed, str(row.seeds)]
+        for rate in used:
+            cells += [f"{row.trsp[rate]:,.2f}", "{:,.2f} (`{}`)".format(*row.rival[rate])]
+        lines.append("| " + " | ".join(cells) + " |")
+        won += min(row.trsp.values()) < min(row.rival.values())[0]
+    said = f"With the best of these rates for each, `trsp` is lower in {won} of {len(rows)} rows."
+    return "\n".join(lines) + f"\n\n{said}"
+
+
+class AtRates(NamedTuple):
+    """Of one model and number of removed layers, by rate: mean of `trsp`, and the best rival's with its name."""
+
+    model: str
+    removed: str
+    seeds: int
+    trsp: dict[float, float]
+    rival: dict[float, tuple[float, str]]
+
+
+def _at_rates(name: str) -> list[AtRates]:
+    """The arms and seeds that every rate has; the default rate's are those of the comparison itself."""
+    files = [RESULTS / f"compare_{name}.json", *sorted(RESULTS.glob(f"rate_{name}_*.json"))]
+    contents = [json.loads(file.read_text()) for file in files]
+    found: dict[tuple[int, str, int], dict[float, float]] = {}
+    for content in contents:
+        rate = content["config"]["transfer"]["lr"]
+        for row in content["arms"]:
+            if row["tokens"] and (row["arm"] == "trsp" or is_rival(row["arm"])):
+                found.setdefault((row["removed"], row["arm"], row["seed"]), {})[rate] = row["perplexity"]
+    everywhere = {key: values for key, values in found.items() if len(values) == len(files)}
+    rows = []
+    for removed in sorted({removed for removed, _, _ in everywhere}):
+        seeds = {seed for count, _, seed in everywhere if count == removed}
+        means = {
+            arm: {rate: mean(everywhere[removed, arm, seed][rate] for seed in seeds) for rate in values}
+            for (count, arm, _), values in everywhere.items()
+            if count == removed
+        }
+        ours = means.pop("trsp")
+        best_of = {rate: min((values[rate], arm) for arm, values in means.items()) for rate in ours}
+        rows.append(AtRates(name, f"{removed} of {contents[0]['layers']}", len(seeds), ours, best_of))
+    return rows
+
+
 def parts() -> str:
     """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
     names = ("trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
@@ -222,7 +283,7 @@ def parts() -> str:
         found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
         for removed in sorted({removed for removed, arm in found if arm in names}):
             whole = found[removed, "trsp"]
-            cells = [file.stem.removeprefix("compare_"), f"{removed} of {content['layers']}"]
+            cells = [subject(file, content), f"{removed} of {content['layers']}"]
             cells.append(f"{whole.perplexity[0]:,.2f}" + _beside(whole.perplexity_other, "{:,.1f}"))
             for name in names:
                 one = found.get((removed, name))
@@ -327,6 +388,7 @@ SECTIONS = {
     "comparisons": comparisons,
     "parts": parts,
     "choices": choices,
+    "rates": rates,
     "performance": tables,
     "surgery": surgery,
     "kv cache": kv_cache,

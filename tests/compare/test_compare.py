@@ -270,18 +270,18 @@ def test_another_domain_is_judged_only_where_every_arm_was():
     some = rows(dense=[5], trsp=[10], sleb=[12])
     for row, value in zip(some, (50.0, 70.0, 60.0), strict=True):
         row["perplexity_other"] = value
-    (text,) = sentences(some, 12)
+    text = " ".join(sentences(some, 12))
     assert "On the other domain the lowest is sleb, 60.00; trsp has 70.00, the unpruned model 50.00." in text
     some[2]["perplexity_other"] = None
-    (text,) = sentences(some, 12)
+    text = " ".join(sentences(some, 12))
     assert "other domain" not in text
 
 
 def test_seconds_that_are_not_comparable_with_one_seed_are_not_compared():
     some = rows(trsp=[10, 11, 12], lm_then_cut=[11, 12, 13])
-    assert "1.00 times as long" in sentences(some, 12)[0]
+    assert "1.00 times as long" in sentences(some, 12)[-1]
     some[0]["seconds_transfer"] = None
-    assert "times as long" not in sentences(some, 12)[0]
+    assert "times as long" not in " ".join(sentences(some, 12))
 
 
 def test_a_range_that_prints_as_one_number_is_one():

@@ -10,6 +10,8 @@ import pytest
 import readme_table
 import results_page
 
+from trsp_fast.data import standard_library
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 
@@ -60,6 +62,7 @@ def comparisons(tmp_path, monkeypatch):
         ]
         evidence = {f"trsp {row['removed']}": seeds for row in rows if row["removed"]}
         values = {"arms": rows, "problems": [], "model": str(tmp_path), "evidence": evidence, "layers": 8}
+        values["data"] = command[command.index("--data") + 1]
         (Path(out) / "comparison.json").write_text(json.dumps(values))
 
     def run(*words):
@@ -93,6 +96,13 @@ def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
     assert found["command"].endswith(f"--subjects '' --model small=FOLDER --jobs {jobs} --ratio 0.25,0.5")
 
 
+def test_unseen_text_is_what_was_held_out_of_training(comparisons, tmp_path):
+    assert comparisons("--seeds", "1")["data"] == "demo"
+    found = comparisons("--seeds", "1", "--unseen")
+    assert found["data"] == "Python sources that the model was not trained on"
+    assert (tmp_path / "parts" / "unseen.txt").read_text() == "\n\n".join(standard_library("held-out"))
+
+
 def test_comparisons_that_take_too_long_are_left_out_and_done_later(comparisons, capsys, tmp_path):
     found = comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
     assert {row["seed"] for row in found["arms"]} == {1}
@@ -117,6 +127,7 @@ def test_comparisons_with_other_settings_are_not_joined(comparisons, tmp_path):
     [
         (("--model", "small"), "--model is 'small'; give a name, = and a folder that is there."),
         (("--model", "small=/nowhere"), "--model is 'small=/nowhere'; give a name"),
+        (("--subjects", "stories260K", "--unseen"), "--unseen is for models of Python sources"),
         (("--subjects", "foo"), "there is no subject 'foo'; give some of demo, stories260K, or --model."),
     ],
 )

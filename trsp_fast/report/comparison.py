@@ -86,13 +86,17 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def sentences(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Who wins where, for each number of removed layers, and what has no row; nothing that the rows do not show."""
+    """Who wins where, for each number of removed layers, and what has no row; nothing that the rows do not show.
+
+    One sentence an entry; the first of each number begins with it, in bold.
+    """
     found = summaries(rows)
     dense = next((s for s in found if s.arm == REFERENCE), None)
     texts = []
     for removed in sorted({s.removed for s in found if s.removed}):
         here = [s for s in found if s.removed == removed]
-        texts.append(f"**{removed} of {layers} layers removed.** " + " ".join(_verdicts(here, dense)))
+        first, *rest = _verdicts(here, dense)
+        texts += [f"**{removed} of {layers} layers removed.** {first}", *rest]
     reasons: dict[tuple[str, int, str], list[int]] = {}
     for problem in problems:
         reasons.setdefault((problem["arm"], problem["removed"], problem["reason"]), []).append(problem["seed"])
@@ -221,6 +225,11 @@ def by_amount(
     ]
 
 
+def bullets(texts: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"* {text}" for text in texts)
+
+
 def markdown(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dict[str, Any]] = ()) -> str:
     """A table for each number of removed layers and what it says, as Markdown."""
     head = table_head(rows)
@@ -228,5 +237,5 @@ def markdown(rows: Sequence[dict[str, Any]], layers: int, problems: Sequence[dic
     for some, without in by_amount(rows, problems):
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(some)]
-        parts += ["\n".join(lines), *sentences(some, layers, without)]
+        parts += ["\n".join(lines), bullets(sentences(some, layers, without))]
     return "\n\n".join(parts) + "\n"
