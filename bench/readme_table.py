@@ -217,7 +217,7 @@ def choices() -> str:
 
 
 def rates() -> str:
-    """`trsp` and the best rival that trains at several learning rates, on the same seeds."""
+    """`trsp` and the best rival that trains at several learning rates, on the same seeds; not every rate was run."""
     names = sorted({file.stem.split("_")[1] for file in RESULTS.glob("rate_*.json")})
     rows = [row for name in names for row in _at_rates(name)]
     used = sorted({rate for row in rows for rate in row.trsp})
@@ -229,10 +229,11 @@ def rates() -> str:
     for row in rows:
         cells = [row.model, row.removed, str(row.seeds)]
         for rate in used:
-            cells += [f"{row.trsp[rate]:,.2f}", "{:,.2f} (`{}`)".format(*row.rival[rate])]
+            found = rate in row.trsp
+            cells += [f"{row.trsp[rate]:,.2f}", "{:,.2f} (`{}`)".format(*row.rival[rate])] if found else ["-", "-"]
         lines.append("| " + " | ".join(cells) + " |")
         won += min(row.trsp.values()) < min(row.rival.values())[0]
-    said = f"With the best of these rates for each, `trsp` is lower in {won} of {len(rows)} rows."
+    said = f"Each with the best of its rates, `trsp` is lower than every rival in {won} of {len(rows)} rows."
     return "\n".join(lines) + f"\n\n{said}"
 
 
@@ -247,16 +248,16 @@ class AtRates(NamedTuple):
 
 
 def _at_rates(name: str) -> list[AtRates]:
-    """The arms and seeds that every rate has; the default rate's are those of the comparison itself."""
+    """The arms and seeds that every rate has; the default's are of the comparison itself where it has no file."""
     files = [RESULTS / f"compare_{name}.json", *sorted(RESULTS.glob(f"rate_{name}_*.json"))]
     contents = [json.loads(file.read_text()) for file in files]
+    at = {content["config"]["transfer"]["lr"]: content for content in contents}  # the later one of two
     found: dict[tuple[int, str, int], dict[float, float]] = {}
-    for content in contents:
-        rate = content["config"]["transfer"]["lr"]
+    for rate, content in at.items():
         for row in content["arms"]:
             if row["tokens"] and (row["arm"] == "trsp" or is_rival(row["arm"])):
                 found.setdefault((row["removed"], row["arm"], row["seed"]), {})[rate] = row["perplexity"]
-    everywhere = {key: values for key, values in found.items() if len(values) == len(files)}
+    everywhere = {key: values for key, values in found.items() if len(values) == len(at)}
     rows = []
     for removed in sorted({removed for removed, _, _ in everywhere}):
         seeds = {seed for count, _, seed in everywhere if count == removed}
