@@ -45,12 +45,12 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
     if not all(source == "demo" or Path(source).exists() for source in (model, data)):
         print(f"{name}: {model} or {data} is not there; left out")
         return True
+    out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
     if arguments.unseen:
-        data = unseen_text(Path(arguments.out or tempfile.mkdtemp(prefix="unseen-")))
+        data = unseen_text(out.parent)
     command = [sys.executable, "-m", "trsp_fast", "compare", model, "--data", data, "--arms", arguments.arms]
     command += ["--eval-data", other] if other and Path(other).exists() else []
     command += [part for setting in arguments.set for part in ("--set", setting)]
-    out = Path(arguments.out or tempfile.mkdtemp(prefix="compare-")) / name
     amount, amounts = "--ratio", arguments.ratio
     if arguments.num_layers:
         amount, amounts = "--num-layers", arguments.num_layers
@@ -73,7 +73,7 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
     print(f"{name}: {len(finished)} of {len(folders)} comparisons are finished")
     if not finished:
         return False
-    merged = _joined([json.loads((folder / "comparison.json").read_text()) for folder in finished])
+    merged = _joined([json.loads((folder / "comparison.json").read_text()) for folder in finished], data)
     text = json.dumps(merged).replace(str(SHARED), "../shared/data")
     if arguments.unseen:
         text = text.replace(json.dumps(data)[1:-1], "Python sources that the model was not trained on")
@@ -88,12 +88,19 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
         command_line = command_line.replace(shlex.quote(f"{subject}={folder}"), f"{subject}=FOLDER")
     values["command"] = command_line
     values["evidence"] = shown_evidence(values)
-    target = RESULTS / f"compare_{name}{arguments.suffix}.json"
+    target = RESULTS / f"{arguments.prefix}_{name}{arguments.suffix or default_suffix(arguments)}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     for folder in finished if len(finished) == len(folders) else ():  # else the next call joins them again
         shutil.rmtree(folder)
     print(target)
     return True
+
+
+def default_suffix(arguments: argparse.Namespace) -> str:
+    """What tells a result from the usual one of its subject."""
+    rates = [setting.removeprefix("transfer.lr=") for setting in arguments.set if setting.startswith("transfer.lr=")]
+    rate = f"_{rates[-1]}" if arguments.prefix == "rate" and rates else ""
+    return rate + ("_unseen" if arguments.unseen else "")
 
 
 def unseen_text(folder: Path) -> str:
@@ -104,11 +111,12 @@ def unseen_text(folder: Path) -> str:
     return str(path)
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(parts: list[dict[str, Any]], data: str) -> dict[str, Any]:
     """One comparison of several seeds and amounts; what removes nothing is in each of a seed's, and told once."""
     joined = parts[0]
-    if any(part.get(what) != joined.get(what) for part in parts for what in ("config", "about_arms")):
-        sys.exit("the folder of --out holds comparisons with other settings or arms; give another one.")
+    alike = all(part.get(what) == joined.get(what) for part in parts for what in ("config", "about_arms"))
+    if not alike or any(part["data"] != data for part in parts):
+        sys.exit("the folder of --out holds comparisons with other settings, arms or data; give another one.")
     for kind in ("arms", "problems"):
         once: dict[tuple[str, int, int], dict[str, Any]] = {}
         for entry in (entry for part in parts for entry in part[kind]):
@@ -133,6 +141,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="as of trsp-fast compare")
     parser.add_argument(
         "--unseen", action="store_true", help="calibrate models of Python sources on files they were not trained on"
+    )
+    parser.add_argument(
+        "--prefix",
+        default="compare",
+        choices=("compare", "choice", "rate"),
+        help="of the results file: choice and rate are for tables of the README, a rate's file is named by it",
     )
     parser.add_argument("--suffix", default="", help="of the results file, for another budget of the same subject")
     parser.add_argument("--out", help="folder for unfinished comparisons, so that a killed one goes on")

@@ -260,11 +260,12 @@ def _at_rates(name: str) -> list[AtRates]:
     everywhere = {key: values for key, values in found.items() if len(values) == len(at)}
     rows = []
     for removed in sorted({removed for removed, _, _ in everywhere}):
-        seeds = {seed for count, _, seed in everywhere if count == removed}
+        here = {(arm, seed): values for (count, arm, seed), values in everywhere.items() if count == removed}
+        seeds = {seed for arm, seed in here if arm == "trsp"}
         means = {
-            arm: {rate: mean(everywhere[removed, arm, seed][rate] for seed in seeds) for rate in values}
-            for (count, arm, _), values in everywhere.items()
-            if count == removed
+            arm: {rate: mean(here[arm, seed][rate] for seed in seeds) for rate in at}
+            for arm in {arm for arm, _ in here}
+            if all((arm, seed) in here for seed in seeds)
         }
         ours = means.pop("trsp")
         best_of = {rate: min((values[rate], arm) for arm, values in means.items()) for rate in ours}

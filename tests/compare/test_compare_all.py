@@ -55,7 +55,7 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
         (tmp_path / name).write_text(json.dumps(content))
 
     write("compare_small.json", 5e-4, trsp=[10, 99], cut_sleb_lm=[11, 99], cut_last_lm=[5, 5])
-    write("rate_small_0.001.json", 1e-3, trsp=[9], cut_sleb_lm=[8], cut_sleb_imitate=[1])
+    write("rate_small_0.001.json", 1e-3, trsp=[9], cut_sleb_lm=[8, 7], cut_sleb_imitate=[1])
     table = readme_table.rates()
     assert "| small | 2 of 8 | 1 | 10.00 | 11.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) |" in table
     assert table.endswith("lower than every rival in 0 of 1 rows.")
@@ -98,11 +98,11 @@ def comparisons(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as end:
             compare_all.main()
         run.code = end.value.code
-        path = tmp_path / "compare_small.json"
+        path = tmp_path / run.name
         return json.loads(path.read_text()) if path.exists() else None
 
     monkeypatch.setattr(compare_all.subprocess, "run", compare)
-    run.started = started
+    run.started, run.name = started, "compare_small.json"
     return run
 
 
@@ -124,9 +124,16 @@ def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
 
 def test_unseen_text_is_what_was_held_out_of_training(comparisons, tmp_path):
     assert comparisons("--seeds", "1")["data"] == "demo"
+    comparisons.name = "compare_small_unseen.json"
     found = comparisons("--seeds", "1", "--unseen")
     assert found["data"] == "Python sources that the model was not trained on"
     assert (tmp_path / "parts" / "unseen.txt").read_text() == "\n\n".join(standard_library("held-out"))
+
+
+def test_a_rate_has_a_file_of_its_own(comparisons, tmp_path):
+    comparisons.name = "rate_small_0.001.json"
+    assert comparisons("--seeds", "1", "--prefix", "rate", "--set", "transfer.lr=0.001") is not None
+    assert not (tmp_path / "compare_small.json").exists()
 
 
 def test_comparisons_that_take_too_long_are_left_out_and_done_later(comparisons, capsys, tmp_path):
@@ -140,12 +147,15 @@ def test_comparisons_that_take_too_long_are_left_out_and_done_later(comparisons,
     assert comparisons.code == 0
 
 
-def test_comparisons_with_other_settings_are_not_joined(comparisons, tmp_path):
+@pytest.mark.parametrize("other", [{"config": {"seed": 5}}, {"data": "text.txt"}])
+def test_comparisons_with_other_settings_or_data_are_not_joined(comparisons, tmp_path, other):
     comparisons("--jobs", "2", "--seeds", "1,9", "--budget", "1")
     path = next((tmp_path / "parts").parent.glob("parts/small-*/comparison.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"seed": 5}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
     comparisons("--jobs", "2", "--seeds", "1,9")
-    assert comparisons.code == "the folder of --out holds comparisons with other settings or arms; give another one."
+    assert (
+        comparisons.code == "the folder of --out holds comparisons with other settings, arms or data; give another one."
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,13 @@ def test_the_first_difference_is_named():
         require_same(one, {"config": {"transfer": {"lr": 2e-3, "clip": 2.0}}, "model": "b"})
     with pytest.raises(UserError, match="had another model;"):
         require_same(one, {**one, "model": "b"})
-    with pytest.raises(UserError, match="had other evaluation tokens;"):
-        require_same({"evaluation": None}, {"evaluation": "abc"})
+    for old, new, said in (
+        ("a", "b", "other evaluation tokens"),
+        (None, "b", "no evaluation tokens, this one has some"),
+        ("a", None, "evaluation tokens, this one has none"),
+    ):
+        with pytest.raises(UserError, match=f"had {said};"):
+            require_same({"evaluation": old}, {"evaluation": new})
 
 
 @pytest.mark.parametrize("change", ["value", "order", "dtype", "name", "settings"])

@@ -13,13 +13,8 @@ SAMPLED = 4096  # elements of each weight that are hashed as they are; all of th
 
 _ORIGINS = ("_name_or_path", "name_or_path", "transformers_version")
 
-# digests, which say nothing to a reader
-_DIGESTS = {
-    "model": "another model",
-    "tokens": "other calibration tokens",
-    "evaluation": "other evaluation tokens",
-    "other": "other tokens of another domain",
-}
+# what is known by a digest, which says nothing to a reader
+_DIGESTS = {"tokens": "calibration tokens", "evaluation": "evaluation tokens", "other": "text of another domain"}
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,7 +71,13 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     if found is None:
         return None
     name, old, new = found
-    return _DIGESTS.get(name, f"{name} = {old}, this one has {new}")
+    if name == "model":
+        return "another model"
+    if name not in _DIGESTS:
+        return f"{name} = {old}, this one has {new}"
+    if old is None:
+        return f"no {_DIGESTS[name]}, this one has some"
+    return f"{_DIGESTS[name]}, this one has none" if new is None else f"other {_DIGESTS[name]}"
 
 
 def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
