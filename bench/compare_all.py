@@ -88,7 +88,7 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
         command_line = command_line.replace(shlex.quote(f"{subject}={folder}"), f"{subject}=FOLDER")
     values["command"] = command_line
     values["evidence"] = shown_evidence(values)
-    target = RESULTS / f"{arguments.prefix}_{name}{arguments.suffix or default_suffix(arguments)}.json"
+    target = RESULTS / f"{arguments.prefix}_{name}{told_apart(arguments)}{arguments.suffix}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     for folder in finished if len(finished) == len(folders) else ():  # else the next call joins them again
         shutil.rmtree(folder)
@@ -96,7 +96,7 @@ def run(name: str, arguments: argparse.Namespace, ends: float) -> bool:
     return True
 
 
-def default_suffix(arguments: argparse.Namespace) -> str:
+def told_apart(arguments: argparse.Namespace) -> str:
     """What tells a result from the usual one of its subject."""
     rates = [setting.removeprefix("transfer.lr=") for setting in arguments.set if setting.startswith("transfer.lr=")]
     rate = f"_{rates[-1]}" if arguments.prefix == "rate" and rates else ""

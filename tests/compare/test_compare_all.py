@@ -124,8 +124,8 @@ def test_comparisons_side_by_side_are_one_result(comparisons, jobs, calls):
 
 def test_unseen_text_is_what_was_held_out_of_training(comparisons, tmp_path):
     assert comparisons("--seeds", "1")["data"] == "demo"
-    comparisons.name = "compare_small_unseen.json"
-    found = comparisons("--seeds", "1", "--unseen")
+    comparisons.name = "compare_small_unseen_32k.json"
+    found = comparisons("--seeds", "1", "--unseen", "--suffix", "_32k")
     assert found["data"] == "Python sources that the model was not trained on"
     assert (tmp_path / "parts" / "unseen.txt").read_text() == "\n\n".join(standard_library("held-out"))
 
