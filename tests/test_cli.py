@@ -1,5 +1,6 @@
 """The command line as a user meets it: every command, and every mistake as one sentence that leaves nothing behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from zoo import build
 
 from trsp_fast import cli
 from trsp_fast.errors import Interrupted
+from trsp_fast.models.checkpoint import load_model
 
 QUICK = [
     "--set",
@@ -401,6 +403,23 @@ def test_an_interrupted_run_that_has_saved_nothing_leaves_nothing(model, tokens,
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_import_swallows_ends_the_run_all_the_same(
+    run, model, tokens, tmp_path, monkeypatch, number, code
+):
+    def swallows(*arguments, **options):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr("trsp_fast.models.checkpoint.load_model", swallows)
+    out = tmp_path / "out"
+    found = run("prune", model, "--num-layers", 1, "--data", tokens, "--out", out)
+    assert found == (code, "", "trsp-fast: interrupted; nothing was written.\n")
     assert os.listdir(tmp_path) == []
 
 

@@ -1,13 +1,12 @@
 """The command line; see trsp_fast.cli.app."""
 
 import os
-import signal
 import sys
 
 import typer
 
 from trsp_fast.cli.app import app
-from trsp_fast.cli.common import quiet_libraries
+from trsp_fast.cli.common import quiet_libraries, take_wishes_to_end
 from trsp_fast.errors import CheckFailed, Interrupted, Lost, UserError
 
 # Help lists the commands in the order in which they register themselves.
@@ -23,7 +22,7 @@ from trsp_fast.cli import speed as _speed  # noqa: F401
 def main() -> None:
     """Run a command; the user's mistakes end as one sentence on stderr, never as a traceback."""
     quiet_libraries()
-    signal.signal(signal.SIGTERM, _terminate)
+    take_wishes_to_end()
     code = 0
     try:
         code = app(standalone_mode=False) or 0  # typer turns Ctrl-C into the code 130
@@ -48,11 +47,6 @@ def main() -> None:
             raise
         code = _fail(f"{error.format_message().rstrip('.')}; see trsp-fast --help.", 2)
     sys.exit(code)
-
-
-def _terminate(*_arguments: object) -> None:
-    """SIGTERM ends the run as Ctrl-C does, by an exception, so that nothing is left half-written."""
-    sys.exit(143)
 
 
 def _fail(text: str, code: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,29 @@ from typing import Any
 from trsp_fast.errors import UserError
 
 EVALUATION_WINDOWS = 128  # windows that prune and demo measure perplexity on; `eval` takes all
+
+_wishes: list[int] = []  # the signals that asked for the end
+
+
+def take_wishes_to_end() -> None:
+    """SIGTERM ends a command as Ctrl-C does, by an exception, so that nothing is left half-written."""
+    _wishes.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background of a script
+            signal.signal(number, _wish)
+
+
+def _wish(number: int, _frame: object) -> None:
+    _wishes.append(number)
+    end_if_wished()
+
+
+def end_if_wished() -> None:
+    """End now if that was wanted before: what is being imported may have swallowed the exception."""
+    if signal.SIGTERM in _wishes:
+        sys.exit(143)
+    if _wishes:
+        raise KeyboardInterrupt
 
 
 def config_values(
@@ -91,9 +115,12 @@ def load(
     from trsp_fast.models.checkpoint import load_model, resolve_device
 
     quiet_transformers()
+    end_if_wished()
     wanted = dtype or str(run_dtype(config, resolve_device(config.device))).removeprefix("torch.")
     device = device or (config.device if config.run.offload == "none" else "cpu")
-    return load_model(model, dtype=wanted, device=device, revision=revision, remote_code=remote_code)
+    loaded = load_model(model, dtype=wanted, device=device, revision=revision, remote_code=remote_code)
+    end_if_wished()
+    return loaded
 
 
 def tokenizer_of(model: str, data: str, revision: str | None, remote_code: bool) -> Any:
