@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import compare_all
+import comparison_tables
 import pytest
-import readme_table
 import results_page
 
 from trsp_fast.data import standard_library
@@ -38,12 +38,12 @@ def test_a_rival_that_wins_with_one_seed_is_named():
         }.items()
         for seed, perplexity in enumerate(perplexities)
     ]
-    assert readme_table.not_beaten(rows, 2) == ["sleb"]
-    assert readme_table.not_beaten(rows, 3) == []
+    assert comparison_tables.not_beaten(rows, 2) == ["sleb"]
+    assert comparison_tables.not_beaten(rows, 3) == []
 
 
 def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(comparison_tables, "RESULTS", tmp_path)
 
     def write(name, rate, **perplexities):
         rows = [
@@ -56,13 +56,13 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
 
     write("compare_small.json", 5e-4, trsp=[10, 99], cut_sleb_lm=[11, 99], cut_last_lm=[5, 5])
     write("rate_small_0.001.json", 1e-3, trsp=[9], cut_sleb_lm=[8, 7], cut_sleb_imitate=[1])
-    table = readme_table.rates()
+    table = comparison_tables.rates()
     assert "| small | 2 of 8 | 1 | 10.00 | 11.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) |" in table
     assert table.endswith("lower than every rival in 0 of 1 rows.")
     write("rate_small_0.0005.json", 5e-4, trsp=[7], cut_sleb_lm=[12])  # another training of the model
     write("compare_other.json", 5e-4, trsp=[3], cut_sleb_lm=[4])
     write("rate_other_0.002.json", 2e-3, trsp=[2], cut_sleb_lm=[3])
-    table = readme_table.rates()
+    table = comparison_tables.rates()
     assert "| other | 2 of 8 | 1 | 3.00 | 4.00 (`cut-sleb-lm`) | - | - | 2.00 | 3.00 (`cut-sleb-lm`) |" in table
     assert "| small | 2 of 8 | 1 | 7.00 | 12.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) | - | - |" in table
     assert table.endswith("lower than every rival in 2 of 2 rows.")
