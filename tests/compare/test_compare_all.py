@@ -60,10 +60,10 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
     assert "| small | 2 of 8 | 1 | 10.00 | 11.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) |" in table
     assert table.endswith("lower than every rival in 0 of 1 rows.")
     write("rate_small_0.0005.json", 5e-4, trsp=[7], cut_sleb_lm=[12])  # another training of the model
-    write("compare_other.json", 5e-4, trsp=[3], cut_sleb_lm=[4])
-    write("rate_other_0.002.json", 2e-3, trsp=[2], cut_sleb_lm=[3])
+    write("compare_other.json", 5e-4, trsp=[3, 3], cut_sleb_lm=[4, 4], cut_last_lm=[1])
+    write("rate_other_0.002.json", 2e-3, trsp=[2, 2], cut_sleb_lm=[3, 3], cut_last_lm=[1])
     table = comparison_tables.rates()
-    assert "| other | 2 of 8 | 1 | 3.00 | 4.00 (`cut-sleb-lm`) | - | - | 2.00 | 3.00 (`cut-sleb-lm`) |" in table
+    assert "| other | 2 of 8 | 2 | 3.00 | 4.00 (`cut-sleb-lm`) | - | - | 2.00 | 3.00 (`cut-sleb-lm`) |" in table
     assert "| small | 2 of 8 | 1 | 7.00 | 12.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) | - | - |" in table
     assert table.endswith("lower than every rival in 2 of 2 rows.")
 
