@@ -8,6 +8,9 @@ measurement.
 import math
 from dataclasses import dataclass
 
+from trsp_fast.plan import PIECE
+from trsp_fast.select.race import FIRST
+
 FP32 = 4
 GRADIENT, MOMENTS = FP32, 2 * FP32  # of each trained weight; AdamW has two moments
 COMPUTE = 2  # bf16
@@ -19,9 +22,9 @@ FLOPS, USED = 989e12, 0.4
 NVLINK, NETWORK, LINK_USED = 450e9, 50e9, 0.8
 GPUS_PER_NODE = 8
 
-# The default recipe: see trsp_fast.config, and BATCH and JUDGE_WINDOWS in trsp_fast.select.trsp
+# The default recipe: see trsp_fast.config, and BATCH in trsp_fast.select.trsp
 WINDOW, SAMPLES, EPOCHS, SHARE = 2048, 128, 3, 0.25
-SELECT_BATCH, STEPS_PER_ROUND, SHORTLIST, JUDGE_WINDOWS, TRANSFER_BATCH = 16, 2, 6, 32, 4
+SELECT_BATCH, STEPS_PER_ROUND, SHORTLIST, TRANSFER_BATCH = 16, 1, 16, 4
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,16 @@ def flops(model: Model, processes: int, divided: bool = False) -> tuple[float, f
     """Floating point operations of stage 1 and of stage 2.
 
     Per token and parameter 2 for a forward pass, 2 for the gradient of activations and 2 for that of weights. Stage 1
-    has frozen weights: 4, and 2 for judging its shortlists. Stage 2: 6, and 2 for the teacher. With divided weights
-    every layer is recomputed: 2 more in both.
+    has frozen weights: 4, and 2 for its races, a shortlist on a few windows and two layers on all of them, of which
+    what lies below a candidate runs once. Stage 2: 6, and 2 for the teacher. With divided weights every layer is
+    recomputed, 2 more in both, and races take whole passes.
     """
-    again = 2 if divided else 0
+    again, piece = (2, 1.0) if divided else (0, PIECE)
     rounds = round(model.layers * SHARE)
     learned = rounds * STEPS_PER_ROUND * max(SELECT_BATCH, processes) * WINDOW
-    judged = rounds * SHORTLIST * JUDGE_WINDOWS * WINDOW
+    raced = piece * rounds * (SHORTLIST * FIRST + 2 * SAMPLES) * WINDOW
     trained = EPOCHS * SAMPLES * WINDOW
-    return model.parameters * ((4 + again) * learned + 2 * judged), model.parameters * (8 + again) * trained
+    return model.parameters * ((4 + again) * learned + 2 * raced), model.parameters * (8 + again) * trained
 
 
 def reduced_bytes(model: Model, processes: int) -> float:
@@ -117,13 +121,13 @@ def gathered_bytes(parameters: float, processes: int, compute: int = COMPUTE) ->
 def hours(model: Model, processes: int, sent: float, divided: bool = False) -> tuple[float, float]:
     """Of stage 1 and of stage 2, of which `sent` bytes a step are not hidden behind computing.
 
-    Divided weights are gathered in stage 1 too: twice a pass of its steps, once a pass of its judging, 16 windows each.
+    Divided weights are gathered in stage 1 too: twice a pass of its steps, once a pass of its races, 16 windows each.
     """
     first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes, divided))
     link = (NVLINK if processes <= GPUS_PER_NODE else NETWORK) * LINK_USED
     if divided:
         passes = 2 * STEPS_PER_ROUND * -(-SELECT_BATCH // processes)
-        passes += SHORTLIST * -(-JUDGE_WINDOWS // processes // 16)
+        passes += SHORTLIST * -(-FIRST // processes // 16) + 2 * -(-SAMPLES // processes // 16)
         first += round(model.layers * SHARE) * passes * (processes - 1) / processes * model.parameters * COMPUTE / link
     return first / 3600, (second + transfer_steps(processes) * sent / link) / 3600
 

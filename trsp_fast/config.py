@@ -26,7 +26,8 @@ class SelectConfig:
     optimizer: `adam`, `sgd`, or `natural` (the gradient divided by the gates' own second moment over sequences).
     steps_per_round: optimiser steps in each round; 0 is one pass over the calibration data (the paper).
     rank: `magnitude` removes the smallest gate (the paper), `fisher` the gate whose loss curves least.
-    shortlist: bypass the so many lowest-ranked layers one at a time and take the one that hurts least; 0 is the paper.
+    shortlist: bypass the so many lowest-ranked layers one at a time and take the one that hurts least, those out of
+        reach no further than they need (trsp_fast.select.race); 0 is the paper.
     train_weights: the model's weights learn together with the gates (the authors' code).
     samples: the choice is made on the first so many calibration windows; 0 is all of them.
     """
@@ -39,10 +40,10 @@ class SelectConfig:
     lambda1: float = _setting(5e-4, low=0)
     optimizer: str = _setting("natural", choices=("adam", "sgd", "natural"))
     lr: float = _setting(0.1, low=0)
-    steps_per_round: int = _setting(2, low=0)
+    steps_per_round: int = _setting(1, low=0)
     reset_gates: bool = _setting(True)
     rank: str = _setting("fisher", choices=("magnitude", "fisher"))
-    shortlist: int = _setting(6, low=0)
+    shortlist: int = _setting(16, low=0)
     protect_first: int = _setting(0, low=0)
     protect_last: int = _setting(0, low=0)
     train_weights: bool = _setting(False)

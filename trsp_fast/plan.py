@@ -23,11 +23,13 @@ from trsp_fast.run.events import Events
 from trsp_fast.run.state import KEPT
 from trsp_fast.select import choose_layers
 from trsp_fast.select.contract import candidates
-from trsp_fast.select.trsp import BATCH, JUDGE_WINDOWS
+from trsp_fast.select.race import FIRST
+from trsp_fast.select.trsp import BATCH
 from trsp_fast.transfer import require_room, trained_weights, transfer
 
 PROBED = 3  # steps of each kind; the first one is slower and does not count
 PROBED_WINDOWS = 16  # of the evaluation, to know a forward pass
+PIECE = 0.55  # of a pass that a bypassed candidate takes, where what lies below it ran once for all
 
 
 @dataclass(frozen=True)
@@ -136,21 +138,26 @@ def _seconds_per_step(kind: str, stage: str, plans: dict[str, Any], run: Any) ->
 def _stage_1(
     model: PreTrainedModel, tokens: Tensor, config: TRSPConfig, count: int, forward: float, plans: dict[str, Any]
 ) -> tuple[float, int]:
-    """Seconds and steps; each round has one layer fewer, and judges its shortlist by bypass."""
+    """Seconds and steps; each round has one layer fewer, and races its shortlist."""
     total, settings = len(layer_stack(model)), config.select
     tokens = tokens[: settings.samples or None]
     alive = [total - index for index in range(1 if settings.schedule == "oneshot" else count)]
     if settings.method != "trsp":
-        known = {"sleb": 0.55 * sum(alive), "shortened": 0.55 * total, "shortgpt": 1.0, "angular": 1.0}
+        known = {"sleb": PIECE * sum(alive), "shortened": PIECE * total, "shortgpt": 1.0, "angular": 1.0}
         passes = known.get(settings.method, 0.0)
         return forward * len(tokens) * passes, 0
     per_round = settings.steps_per_round or math.ceil(len(tokens) / (config.data.batch or BATCH))
     step = _seconds_per_step(
         "select_step", "stage 1", plans, lambda session: choose_layers(model, tokens, config, session=session)
     )
-    judged = min(len(tokens), JUDGE_WINDOWS) * settings.shortlist * 0.6 if settings.shortlist > 1 else 0.0
-    share = sum(_share(model, number) for number in alive)
-    return share * (step * per_round + forward * judged), per_round * len(alive)
+    work = [step * per_round + forward * _raced(len(tokens), min(settings.shortlist, number)) for number in alive]
+    shares = [_share(model, number) for number in alive]
+    return sum(share * one for share, one in zip(shares, work, strict=True)), per_round * len(alive)
+
+
+def _raced(windows: int, candidates: int) -> float:
+    """Passes of one window: the first heat of all, and about one more of all windows for those that lie close."""
+    return min(windows, FIRST) * candidates * PIECE + windows if candidates > 1 else 0.0
 
 
 def _stage_2(

@@ -9,12 +9,13 @@ from zoo import build
 
 from trsp_fast import select_layers
 from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.objective import losses_by_window, mean_loss
 from trsp_fast.errors import UserError
 from trsp_fast.models.gates import LayerGates, bypassed
 from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
 from trsp_fast.select.shortgpt import block_influence
-from trsp_fast.select.sleb import judge_layers, losses_without, plain_losses_without
+from trsp_fast.select.sleb import judge_layers, plain_by_window
 
 
 def test_block_influence_is_one_minus_the_mean_cosine(llama, tokens):
@@ -52,15 +53,34 @@ def test_sleb_is_greedy_on_the_loss(llama, tokens):
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [4, 1, 3], [2, 5], [3]])
-def test_losses_without_are_those_of_whole_passes(llama, tokens, layers, monkeypatch):
+def test_losses_without_a_layer_are_those_of_whole_passes(llama, tokens, layers):
     """Bit for bit, with layers that are bypassed already by the gates or by `gone`, and with a smaller last batch."""
     tokens = (tokens.repeat(3, 1)[:19] + torch.arange(19)[:, None]) % 97
     with LayerGates(llama) as gates, gates.neutral():
         gates.bypass([0] if 0 not in layers else [])
         gone = [] if 2 in layers else [2]
-        whole = plain_losses_without(llama, tokens, gone, layers)
-        assert whole == losses_without(llama, tokens, gone, layers)
-        assert list(losses_without(llama, tokens, gone, layers)) == layers
+        judged = judge_layers(llama, tokens, gone, layers)
+        whole = plain_by_window(llama, tokens, gone, layers)
+        assert list(judged.by_window) == layers
+        assert all(torch.equal(judged.by_window[layer], whole[layer]) for layer in layers)
+        for layer in layers:
+            with bypassed(llama, [*gone, layer]):
+                assert judged.losses[layer] == pytest.approx(mean_loss(llama, tokens), rel=1e-6)
+
+
+def test_a_windows_loss_is_the_models_own(llama, tokens):
+    """And what the model adds to a batch's loss, the balance of its experts, is shared by all of its windows."""
+    with torch.no_grad():
+        alone = [float(llama(input_ids=window[None], labels=window[None]).loss) for window in tokens]
+    assert losses_by_window(llama, tokens).tolist() == pytest.approx(alone, rel=1e-5)
+    model = build("mixtral")
+    tokens = tokens % 90
+    plain = losses_by_window(model, tokens)
+    model.config.output_router_logits = True
+    output = model(input_ids=tokens, labels=tokens)
+    balance = float(model.router_aux_loss_coef * output.aux_loss.detach())
+    assert balance > 1e-3
+    assert (losses_by_window(model, tokens) - plain).tolist() == pytest.approx([balance] * 8, rel=1e-4)
 
 
 def test_sleb_runs_the_unchanged_prefix_once(llama, tokens, monkeypatch):
@@ -72,7 +92,7 @@ def test_sleb_runs_the_unchanged_prefix_once(llama, tokens, monkeypatch):
     reused = sum(size for _, size in calls)
     assert reused / 6 <= judged.cost <= reused / 6 + 0.5  # in the proof a candidate is bypassed, which counts as run
     calls.clear()
-    plain_losses_without(llama, tokens, [], list(range(6)))
+    plain_by_window(llama, tokens, [], list(range(6)))
     assert sum(size for _, size in calls) == 8 * 6 * 5
     # The walk takes 4 layers, and the candidates 5 + 4 + 3 + 2 + 1 and, for the last, 1.
     assert reused <= 8 * (4 + 15 + 1) + 3 * 6
@@ -86,7 +106,10 @@ def test_where_the_prefix_cannot_be_reused_sleb_says_so():
     events = Events(lambda kind, values: texts.append(values["text"]) if kind == "note" else None)
     settings = TRSPConfig.from_dict({"num_layers": 2, "select": {"method": "sleb"}})
     selection = choose_layers(model, tokens, settings, events)
-    assert selection.history[0]["losses"] == plain_losses_without(model, tokens, [], list(range(8)))
+    whole = plain_by_window(model, tokens, [], list(range(8)))
+    assert selection.history[0]["losses"] == {layer: float(losses.mean()) for layer, losses in whole.items()}
+    with bypassed(model, [3]):
+        assert selection.history[0]["losses"][3] == pytest.approx(mean_loss(model, tokens), rel=1e-6)
     assert selection.window_forwards == 2 * 3 + 8 * (8 + 7)
     assert len(texts) == 1
     assert "the loss from the states" in texts[0]
@@ -99,7 +122,8 @@ def test_shared_keys_and_values_keep_the_states_below_their_layer():
     layers = [0, 1, 2, 5, 6, 7]
     judged = judge_layers(model, tokens, [], layers)
     assert judged.obstacle == "layer 3 hands on more than hidden states"
-    assert judged.losses == plain_losses_without(model, tokens, [], layers)
+    whole = plain_by_window(model, tokens, [], layers)
+    assert all(torch.equal(judged.by_window[layer], whole[layer]) for layer in layers)
     assert judged.cost < 8 * len(layers)
 
 

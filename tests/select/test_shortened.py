@@ -11,7 +11,7 @@ from zoo import build
 from trsp_fast.config import TRSPConfig
 from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
-from trsp_fast.select.sleb import plain_losses_without
+from trsp_fast.select.sleb import plain_by_window
 
 
 def choose(model, tokens, count, listener=None, **select):
@@ -75,8 +75,8 @@ def test_where_the_prefix_cannot_be_reused_it_says_so():
     model.config.output_router_logits = True
     tokens = torch.randint(1, 90, (8, 12), generator=torch.Generator().manual_seed(1))
     selection = choose(model, tokens, 2, lambda kind, values: texts.append(values["text"]) if kind == "note" else None)
-    losses = plain_losses_without(model, tokens, [], list(range(8)))
-    assert selection.layers == sorted(losses, key=losses.get)[:2]
+    losses = plain_by_window(model, tokens, [], list(range(8)))
+    assert selection.layers == sorted(losses, key=lambda layer: losses[layer].mean())[:2]
     assert len(texts) == 1
     assert "the loss from the states" in texts[0]
 

@@ -17,6 +17,17 @@ def language_model_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
+def losses_by_window(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """`language_model_loss` of each window, float64 `[samples]`; what the model adds to it (router losses) is shared.
+
+    One window at a time: a copy of all logits in fp32 may not fit.
+    """
+    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+    windows = zip(output.logits, tokens, strict=True)
+    own = torch.stack([F.cross_entropy(logits[:-1].float(), window[1:]).double() for logits, window in windows])
+    return own + (output.loss.double() - own.mean())
+
+
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean over tokens of KL(teacher || student), in fp32; `[samples, seq, vocabulary]` both."""
     student = F.log_softmax(logits.float(), -1).flatten(0, -2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trsp_fast.config import TRSPConfig
-from trsp_fast.engine.objective import INFERENCE_BATCH, language_model_loss, mean_loss
+from trsp_fast.engine.objective import INFERENCE_BATCH, losses_by_window
 from trsp_fast.engine.session import Session
 from trsp_fast.models.bypass import bypassed
 from trsp_fast.models.gathering import is_divided
@@ -23,40 +23,31 @@ PROOF = 3  # passes of one window to find out whether the prefix can be reused; 
 class Judgement:
     """Losses by bypassed layer, and what they took.
 
+    by_window: float64 by bypassed layer, the loss of each window.
     cost: in forward passes of one window; a pass through some of the alive layers counts as their share of all that
         were alive before the candidate went.
     obstacle: why the unchanged prefix could not be reused, None where it was or where there was nothing to reuse.
     """
 
-    losses: dict[int, float]
+    by_window: dict[int, Tensor]
     cost: float
     obstacle: str | None = None
 
-
-def losses_without(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> dict[int, float]:
-    """Calibration loss with `gone` and one more of `layers` bypassed, for each of `layers`; see `judge_layers`."""
-    return judge_layers(model, tokens, gone, layers).losses
-
-
-def plain_losses_without(
-    model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]
-) -> dict[int, float]:
-    """What `losses_without` finds, by a whole pass for each layer."""
-    losses = {}
-    for layer in layers:
-        with bypassed(model, [*gone, layer]):
-            losses[layer] = mean_loss(model, tokens)
-    return losses
+    @property
+    def losses(self) -> dict[int, float]:
+        """Mean over the windows by bypassed layer."""
+        return {layer: float(losses.mean()) for layer, losses in self.by_window.items()}
 
 
 @torch.no_grad()
 def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> Judgement:
-    """`losses_without` with its cost: what lies below a candidate is the same for all above it and runs once.
+    """The losses with `gone` and one more of `layers` bypassed, for each of `layers`.
 
-    Candidates are tried upwards. The states that enter one are kept for a batch of windows until the next one needs
-    them one piece further up, so that one batch of hidden states is all the memory this takes, and every loss is that
-    of the plain form, bit for bit (the batches are the same). Where two candidates on one window show that it is not,
-    the plain form is used; where layers hand on more than hidden states, the kept states stay below them.
+    What lies below a candidate is the same for all above it and runs once. Candidates are tried upwards. The states
+    that enter one are kept for a batch of windows until the next one needs them one piece further up, so that one batch
+    of hidden states is all the memory this takes, and every loss is that of the plain form, bit for bit (the batches
+    are the same). Where two candidates on one window show that it is not, the plain form is used; where layers hand on
+    more than hidden states, the kept states stay below them.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
@@ -70,13 +61,25 @@ def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers
                 starts, obstacle = _starts(prefix, tokens[:1].to(device), ordered)
                 cost += PROOF
             if starts:
-                totals = dict.fromkeys(layers, 0.0)
+                parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
                 for part in tokens.split(INFERENCE_BATCH):
-                    cost += _add_batch(prefix, part.to(device), starts, totals)
-                return Judgement({layer: total / len(tokens) for layer, total in totals.items()}, cost, obstacle)
+                    cost += _add_batch(prefix, part.to(device), starts, parts)
+                return Judgement({layer: torch.cat(found) for layer, found in parts.items()}, cost, obstacle)
+        by_window = plain_by_window(model, tokens, gone, layers)
+        return Judgement(by_window, cost + len(tokens) * len(layers), obstacle)
     finally:
         model.train(training)
-    return Judgement(plain_losses_without(model, tokens, gone, layers), cost + len(tokens) * len(layers), obstacle)
+
+
+@torch.no_grad()
+def plain_by_window(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> dict[int, Tensor]:
+    """What `judge_layers` finds, by a whole pass for each layer and batch; the model must be in evaluation mode."""
+    device, found = next(model.parameters()).device, {}
+    for layer in layers:
+        with bypassed(model, [*gone, layer]):
+            parts = [losses_by_window(model, part.to(device)).cpu() for part in tokens.split(INFERENCE_BATCH)]
+        found[layer] = torch.cat(parts)
+    return found
 
 
 def _starts(prefix: Prefix, window: Tensor, layers: list[int]) -> tuple[dict[int, int], str | None]:
@@ -110,8 +113,8 @@ def _gain(prefix: Prefix, samples: int, layers: list[int]) -> float:
     return (sum(skipped) - max(skipped)) * samples / max(1, prefix.alive(0, len(prefix.stack)))
 
 
-def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: dict[int, float]) -> float:
-    """Add one batch's losses, times its windows, to `losses`; the cost."""
+def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: dict[int, list[Tensor]]) -> float:
+    """Add one batch's losses to `losses`; the cost."""
     ran, start, states = 0, 0, None
     for layer, wanted in starts.items():
         if wanted > start:
@@ -120,7 +123,7 @@ def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: d
             start = wanted
         # A copy: a layer that wrote into its input would change the later candidates' states.
         with prefix.skipped(start, None if states is None else states.clone(), [layer]):
-            losses[layer] += float(language_model_loss(prefix.model, tokens).double()) * len(tokens)
+            losses[layer].append(losses_by_window(prefix.model, tokens).cpu())
         ran += prefix.alive(start, layer) + prefix.alive(layer + 1, len(prefix.stack))
     return ran * len(tokens) / max(1, prefix.alive(0, len(prefix.stack)))
 

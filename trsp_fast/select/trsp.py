@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,10 +30,10 @@ from trsp_fast.select.gate_learning import (
     state_bytes,
     state_of,
 )
-from trsp_fast.select.sleb import judge_layers
+from trsp_fast.select.race import race
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
-JUDGE_WINDOWS = 32  # calibration windows on which a shortlist is judged
+JUMP_WINDOWS = 32  # calibration windows on which the loss with and without trained gates is told
 
 
 def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfig, session: Session) -> Selection:
@@ -109,19 +108,16 @@ def _lowest(learning: Learning, wanted: int) -> list[int]:
     gates, settings = learning.gates, learning.config
     score = learning.curvature if settings.rank == "fisher" else gates.values.detach().abs()
     ranked = sorted(learning.alive, key=lambda layer: float(score[layer]))
-    judged: dict[int, float] = {}
+    judged: dict[int, dict[str, float]] = {}
     if settings.shortlist > 1:
         short = ranked[: max(settings.shortlist, wanted)]
-        judge = learning.tokens[:JUDGE_WINDOWS]
-        losses, group = torch.zeros(len(short), dtype=torch.float64), learning.session.group
         with gates.neutral():
-            for rows, weight in group.parts(torch.arange(len(judge)), 0):
-                judgement = judge_layers(learning.model, judge[rows], [], short)
-                losses += torch.tensor([judgement.losses[layer] for layer in short], dtype=torch.float64) * weight
-                learning.cost += math.ceil(judgement.cost * group.size)
-        group.sum([losses])
-        judged = dict(zip(short, losses.tolist(), strict=True))
-        ranked = sorted(short, key=lambda layer: judged[layer])
+            found = race(learning.model, learning.tokens, short, wanted, learning.session.group)
+        learning.cost += math.ceil(found.cost)
+        judged = {
+            layer: {"loss": float(losses.mean()), "windows": len(losses)} for layer, losses in found.losses.items()
+        }
+        ranked = found.ranked
     for layer in ranked[:wanted]:
         entry = {
             "round": learning.index,
@@ -139,7 +135,7 @@ def _lowest(learning: Learning, wanted: int) -> list[int]:
 
 def _discard_gates(learning: Learning) -> None:
     """Stage 2 goes on with the trained weights but without the gates that they were trained with: log the jump."""
-    gates, tokens = learning.gates, learning.tokens[:JUDGE_WINDOWS]
+    gates, tokens = learning.gates, learning.tokens[:JUMP_WINDOWS]
     gates.restore(gates.bypassed)
     with_gates = mean_loss(learning.model, tokens)
     with gates.neutral():
