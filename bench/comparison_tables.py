@@ -74,29 +74,47 @@ def is_lowest_elsewhere(ours: Summary, rivals: list[Summary]) -> bool:
 
 
 def choices() -> str:
-    """Layers and perplexity of the direct cut beside SLEB's, and what each choice costs."""
-    lines = [
-        "| model | removed | `trsp` takes | SLEB takes | `trsp` | SLEB | difference | forward passes | of our SLEB's "
-        "| of a SLEB's on whole passes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    """Layers and perplexity of the direct cut beside SLEB's, and what each choice costs, over the seeds."""
+    head = [
+        "| model | removed | seeds | `trsp` takes | SLEB takes | `trsp` | SLEB | difference | forward passes "
+        "| of our SLEB's | of a SLEB's on whole passes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    lines, farthest, dearest = [], (-math.inf, ""), (-math.inf, "")
     for file in sorted(RESULTS.glob("choice_*.json")):
         content, name = json.loads(file.read_text()), file.stem.removeprefix("choice_")
         compared = json.loads((RESULTS / f"compare_{name}.json").read_text())["arms"]
         windows = next(row["window_forwards"] for row in compared if row["arm"] == "cut-shortgpt-distill")  # each once
-        rows = {(row["removed"], row["seed"], row["arm"]): row for row in content["arms"]}
-        for (removed, seed, arm), ours in sorted(rows.items()):
-            if arm == "trsp-untrained":
-                rival, total = rows[removed, seed, "sleb"], content["layers"]
-                whole = windows * sum(total - gone for gone in range(removed))
-                cells = [name, f"{removed} of {total}"]
-                cells += [", ".join(map(str, row["layers"])) for row in (ours, rival)]
-                cells += [f"{row['perplexity']:,.2f}" for row in (ours, rival)]
-                cells.append(f"{ours['perplexity'] / rival['perplexity'] - 1:+.1%}")
-                cells.append(f"{ours['window_forwards']:,}")
-                cells += [f"{ours['window_forwards'] / forwards:.2f}" for forwards in (rival["window_forwards"], whole)]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        name, total = name.replace("_unseen", ", unseen text"), content["layers"]
+        for removed in sorted({amount(row) for row in content["arms"]} - {0}):
+            pair = [
+                sorted((row for row in content["arms"] if (row["arm"], row["removed"]) == (arm, removed)), key=_seed)
+                for arm in ("trsp-untrained", "sleb")
+            ]
+            (_, own_layers, own, *_), (_, layers, other, *_) = (table_rows(rows)[0] for rows in pair)
+            apart = [a["perplexity"] / b["perplexity"] - 1 for a, b in zip(*pair, strict=True)]
+            passes, rival = (mean(row["window_forwards"] for row in rows) for rows in pair)
+            whole = passes / (windows * sum(total - gone for gone in range(removed)))
+            cells = [name, f"{removed} of {total}", str(len(apart)), own_layers, layers, own, other, _percent(apart)]
+            cells += [f"{passes:,.0f}", f"{passes / rival:.2f}", f"{whole:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+            place = f"{name}, {removed} of {total}"
+            farthest, dearest = max(farthest, (max(apart), place)), max(dearest, (whole, place))
+    said = (
+        f"With no seed is the direct cut more than {farthest[0]:.1%} worse than SLEB's ({farthest[1]}); a choice "
+        f"takes at most {dearest[0]:.2f} of a SLEB's whole passes ({dearest[1]})."
+    )
+    return "\n".join([*head, *lines]) + "\n\n" + said
+
+
+def _seed(row: dict[str, Any]) -> int:
+    return int(row["seed"])
+
+
+def _percent(values: list[float]) -> str:
+    """Mean, and in brackets smallest and largest where they differ."""
+    texts = [f"{value:+.1%}".replace("-0.0%", "+0.0%") for value in (mean(values), min(values), max(values))]
+    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def rates() -> str:

@@ -68,6 +68,35 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
     assert table.endswith("lower than every rival in 2 of 2 rows.")
 
 
+def test_a_choice_is_held_against_slebs_of_the_same_seed(tmp_path, monkeypatch):
+    """Seed 1: 10% worse; seed 0: equal. Whole passes: 16 windows of 8 layers, then 7."""
+    monkeypatch.setattr(comparison_tables, "RESULTS", tmp_path)
+
+    def row(arm, seed, layers, perplexity, passes):
+        values = {"arm": arm, "seed": seed, "removed": len(layers), "layers": layers, "perplexity": perplexity}
+        return values | {"window_forwards": passes, "tokens": 0, "seconds": 1.0, "seconds_transfer": None}
+
+    rows = [
+        row("dense", 0, [], 9.0, 0),
+        row("trsp-untrained", 1, [2, 5], 22.0, 40),
+        row("trsp-untrained", 0, [2, 4], 12.0, 20),
+        row("sleb", 0, [2, 4], 12.0, 90),
+        row("sleb", 1, [2, 4], 20.0, 110),
+    ]
+    (tmp_path / "choice_small_unseen.json").write_text(json.dumps({"layers": 8, "arms": rows}))
+    compared = {"arms": [row("cut-shortgpt-distill", 0, [1, 2], 30.0, 16)]}
+    (tmp_path / "compare_small_unseen.json").write_text(json.dumps(compared))
+    *_, line, _, said = comparison_tables.choices().splitlines()
+    assert line == (
+        "| small, unseen text | 2 of 8 | 2 | 2, 4 (other ones in 1 of 2) | 2, 4 | 17.00 (12.00 to 22.00) "
+        "| 16.00 (12.00 to 20.00) | +5.0% (+0.0% to +10.0%) | 30 | 0.30 | 0.12 |"
+    )
+    assert said == (
+        "With no seed is the direct cut more than 10.0% worse than SLEB's (small, unseen text, 2 of 8); a choice takes "
+        "at most 0.12 of a SLEB's whole passes (small, unseen text, 2 of 8)."
+    )
+
+
 @pytest.fixture
 def comparisons(tmp_path, monkeypatch):
     """Run compare_all.py with these words, over comparisons that say what was asked; seed 9 takes 2 seconds."""

@@ -1,6 +1,7 @@
 """The race of a shortlist: who goes early, on which windows, and that the best of all windows wins."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_one_window_or_equal_losses_decide_nothing_wrongly():
     same = losses(2.0, 1.0, 0.05, 1)
     assert within_reach({0: same, 1: same.clone()}, 1) == [0, 1]
     assert within_reach({0: same, 1: same + 0.1}, 1) == [0]
+
+
+def test_a_loss_that_is_not_finite_loses():
+    """Without some layers fp16 overflows: whoever can be computed is better, and none goes while all overflow."""
+    fine, wild = losses(2.0, 1.0, 0.05, 1), losses(1.0, 1.0, 0.05, 2)
+    wild[3] = math.nan
+    assert within_reach({0: wild, 1: fine}, 1) == [1]
+    assert within_reach({0: wild, 1: fine}, 2) == [0, 1]
+    assert within_reach({0: wild, 1: wild.clone(), 2: fine}, 2) == [0, 1, 2]
+    assert racing.Race({0: wild, 1: fine}).ranked == [1, 0]
 
 
 class Judge:

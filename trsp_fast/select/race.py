@@ -34,7 +34,7 @@ class Race:
 
     @property
     def ranked(self) -> list[int]:
-        return sorted(self.losses, key=lambda layer: (-len(self.losses[layer]), float(self.losses[layer].mean())))
+        return sorted(self.losses, key=lambda layer: (-len(self.losses[layer]), _mean(self.losses[layer])))
 
 
 @torch.no_grad()
@@ -67,28 +67,35 @@ def heats(count: int) -> Iterator[slice]:
 
 def within_reach(losses: dict[int, Tensor], wanted: int) -> list[int]:
     """The layers that may still be among the best: those in front, and who is not clearly behind the last of them."""
-    ranked = sorted(losses, key=lambda layer: float(losses[layer].mean()))
+    ranked = sorted(losses, key=lambda layer: _mean(losses[layer]))
     last = losses[ranked[wanted - 1]]
-    if len(last) < 2:  # nothing is known of how far windows scatter
+    if len(last) < 2 or not last.isfinite().all():  # nothing is known of how far windows scatter
         return list(losses)
-    out = {layer for layer in ranked[wanted:] if _is_above(losses[layer] - last)}
+    out = {layer for layer in ranked[wanted:] if _is_above(losses[layer], last)}
     return [layer for layer in losses if layer not in out]
 
 
-def _is_above(difference: Tensor) -> bool:
+def _is_above(losses: Tensor, mark: Tensor) -> bool:
+    difference = losses - mark
     error = float(difference.std()) / math.sqrt(len(difference))
-    return float(difference.mean()) > REACH * error
+    return float(difference.mean()) > REACH * error or not losses.isfinite().all()
+
+
+def _mean(losses: Tensor) -> float:
+    mean = float(losses.mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 def _heat(model: PreTrainedModel, tokens: Tensor, layers: list[int], group: Group, found: Race) -> Tensor:
     """Loss by window and layer, float64 `[windows, layers]`, the same in all processes."""
-    own = [torch.zeros(0, len(layers), dtype=torch.float64)]
+    own, cost = [torch.zeros(0, len(layers), dtype=torch.float64)], torch.zeros((), dtype=torch.float64)
     batch = INFERENCE_BATCH if group.sharded else 0  # all processes must run alike; else a part proves its prefix
     for rows, weight in group.parts(torch.arange(len(tokens)), batch):
         judged = judge_layers(model, tokens[rows], [], layers)
-        found.cost += judged.cost * group.size
+        cost += judged.cost
         if weight:  # else rows of another process, run to keep step
             own.append(torch.stack([judged.by_window[layer] for layer in layers], 1))
     losses = group.spread(torch.cat(own), len(tokens))
-    group.sum([losses])
+    group.sum([losses, cost])
+    found.cost += float(cost)
     return losses
