@@ -7,17 +7,19 @@ import sys
 
 import pytest
 import torch
+from ridge import by_hand
 from tiny import tiny_llama
 from zoo import build
 
 import trsp_fast as trsp
+import trsp_fast.fold as folding
 from trsp_fast import cli
 from trsp_fast.config import TRSPConfig
 from trsp_fast.data import with_noise
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.teacher import InputTap, StoredStates, UntouchedModel
 from trsp_fast.errors import UserError
-from trsp_fast.fold import RIDGES, VALIDATION, _Folding, fold, fold_points, projections
+from trsp_fast.fold import VALIDATION, fold, fold_points, projections
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, verify_checkpoints
@@ -53,21 +55,6 @@ def changed(model, before):
     """Names of the parameters that are no longer those of `before`."""
     own = dict(before.named_parameters())
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, own[name])}
-
-
-def by_hand(inputs, lacking):
-    """The change in fp64, by the largest ridge that gains enough on each fourth window; all `[windows, seq, .]`."""
-
-    def solved(windows, ridge):
-        h, d = inputs[windows].flatten(0, 1), lacking[windows].flatten(0, 1)
-        damping = (ridge * h.pow(2).sum(0).mean()).sqrt() * torch.eye(h.shape[1], dtype=h.dtype)
-        return torch.linalg.lstsq(torch.cat([h, damping]), torch.cat([d, d.new_zeros(h.shape[1], d.shape[1])])).solution
-
-    judging = torch.arange(len(inputs)) % VALIDATION == VALIDATION - 1
-    nothing = lacking[judging].pow(2).sum()
-    gains = {r: nothing - (lacking[judging] - inputs[judging] @ solved(~judging, r)).pow(2).sum() for r in RIDGES}
-    enough = [ridge for ridge, gain in gains.items() if gain >= 0.9 * max(gains.values())]
-    return solved(torch.ones_like(judging), max(enough))
 
 
 @pytest.mark.parametrize(("family", "inner"), [("llama", 48), ("gpt2", 129), ("phi", 49)])
@@ -159,18 +146,18 @@ def test_a_layer_that_did_nothing_leaves_everything_as_it_was(llama, tokens):
 
 def test_a_change_that_brings_nothing_nearer_is_taken_back(llama, tokens, monkeypatch):
     """The layers above go on as if it had never been made."""
-    other, original, calls = copy.deepcopy(llama), _Folding._change, []
+    other, original, calls = copy.deepcopy(llama), folding.best_change, []
 
     def first(instead):
-        def change(folding, fitting, judging):
+        def change(fitting, *more):
             calls.append(instead)
-            return instead(fitting.b) if calls.count(instead) == 1 else original(folding, fitting, judging)
+            return instead(fitting.b) if calls.count(instead) == 1 else original(fitting, *more)
 
         return change
 
-    monkeypatch.setattr(_Folding, "_change", first(lambda b: 10 * torch.ones_like(b, dtype=torch.float32)))
+    monkeypatch.setattr(folding, "best_change", first(lambda b: 10 * torch.ones_like(b, dtype=torch.float32)))
     found = folded(llama, tokens, [2, 4])
-    monkeypatch.setattr(_Folding, "_change", first(lambda _b: None))
+    monkeypatch.setattr(folding, "best_change", first(lambda _b: None))
     assert found == {
         layer: one._replace(projection=found[layer].projection) for layer, one in folded(other, tokens, [2, 4]).items()
     }

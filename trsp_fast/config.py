@@ -28,6 +28,8 @@ class SelectConfig:
     rank: `magnitude` removes the smallest gate (the paper), `fisher` the gate whose loss curves least.
     shortlist: bypass the so many lowest-ranked layers one at a time and take the one that hurts least, those out of
         reach no further than they need (trsp_fast.select.race); 0 is the paper.
+    judge: a candidate of the shortlist is bypassed (`cut`), or folded into the layer below it besides (`fold`), for
+        what stage 2 mends at its start should not decide (trsp_fast.select.stand_in).
     train_weights: the model's weights learn together with the gates (the authors' code).
     samples: the choice is made on the first so many calibration windows; 0 is all of them.
     """
@@ -44,6 +46,7 @@ class SelectConfig:
     reset_gates: bool = _setting(True)
     rank: str = _setting("fisher", choices=("magnitude", "fisher"))
     shortlist: int = _setting(16, low=0)
+    judge: str = _setting("fold", choices=("cut", "fold"))
     protect_first: int = _setting(0, low=0)
     protect_last: int = _setting(0, low=0)
     train_weights: bool = _setting(False)
@@ -308,7 +311,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0, "noise": 0.0, "fold": "none"}},
     # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
     "cut-first": {
-        "transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "noise": 0.0, "fold": "none"}
+        "select": {"judge": "cut"},
+        "transfer": {"gate": "anneal", "hold": 1.0, "lambda2": 0.0, "hidden": 0.0, "noise": 0.0, "fold": "none"},
     },
 }
 

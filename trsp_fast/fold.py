@@ -14,6 +14,7 @@ own weight is fitted, and that of every later layer too, against what is still l
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -43,6 +44,34 @@ class Folded(NamedTuple):
     projection: Projection
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of a projection's weight, and of its bias where there is one that may change."""
+
+    parameters: tuple[Tensor, ...]
+    amounts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, module: Projection, bias: Tensor | None, solution: Tensor) -> "Change":
+        """Args: solution: `[n, hidden]`, with the bias's row behind the others."""
+        weight = solution if bias is None else solution[:-1]
+        amounts = (weight.T if isinstance(module, nn.Linear) else weight,)
+        return cls((module.weight,), amounts) if bias is None else cls((module.weight, bias), (*amounts, solution[-1]))
+
+    @torch.no_grad()
+    def apply(self) -> list[Tensor]:
+        """What the parameters were."""
+        old = [parameter.clone() for parameter in self.parameters]
+        for parameter, amount in zip(self.parameters, self.amounts, strict=True):
+            parameter.add_(amount)
+        return old
+
+    @torch.no_grad()
+    def undo(self, old: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, old, strict=True):
+            parameter.copy_(value)
 
 
 def fold(
@@ -116,6 +145,41 @@ def projections(model: PreTrainedModel, window: Tensor) -> dict[int, Projection]
     return last
 
 
+def input_size(module: Projection) -> int:
+    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+
+
+@torch.no_grad()
+def share_of(
+    prefix: Prefix,
+    layer: int,
+    module: Projection,
+    window: Tensor,
+    autocast: AbstractContextManager[Any],
+    group: Group,
+) -> float:
+    """The factor with which `layer` hands on what its projection gives (Granite's is not 1), found by trying.
+
+    0 where something else comes of it.
+    """
+    with autocast:
+        plain = prefix.entering(window, layer + 1).float()
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(plain.shape, generator=generator).to(plain.device) * plain.pow(2).mean().sqrt()
+    hook = lambda _module, _args, output: output + shift.view(output.shape).to(output.dtype)  # noqa: E731
+    with autocast:
+        handle = module.register_forward_hook(hook)
+        try:
+            moved = prefix.entering(window, layer + 1).float() - plain
+        finally:
+            handle.remove()
+    share = float((moved * shift).sum() / shift.pow(2).sum())
+    is_sum = float((moved - share * shift).norm()) < TOLERANCE * float(moved.norm())
+    if is_sum and abs(share - round(share)) < TOLERANCE:  # not where nothing moves or overflows: nan is no sum
+        share = round(share)
+    return group.agree(float(share) if is_sum else 0.0)
+
+
 def _folds(total: int, layers: Sequence[int]) -> list[tuple[int, int]]:
     """(layer that stays, where the states behind it are read), from just before the first gap on."""
     if not layers:
@@ -125,7 +189,7 @@ def _folds(total: int, layers: Sequence[int]) -> list[tuple[int, int]]:
     return [(layer, point) for layer, point in pairs if point > min(layers)]
 
 
-class _Sums:
+class Sums:
     """Over tokens a = sum h h^T `[n, n]`, b = sum h d^T `[n, hidden]` and c = sum |d|^2, fp64; d is what is lacking."""
 
     def __init__(self, inputs: int, outputs: int, place: torch.device) -> None:
@@ -148,6 +212,27 @@ class _Sums:
     def left(self, change: Tensor) -> float:
         """sum |d - h W|^2."""
         return float(self.c - 2 * (change * self.b).sum() + (change * (self.a @ change)).sum())
+
+
+def best_change(fitting: Sums, judging: Sums, device: torch.device, group: Group) -> Tensor | None:
+    """W `[n, hidden]` in fp32, by the ridge that the judging windows ask for; None where none serves them.
+
+    The first process solves: another's factorisation may round otherwise. `fitting` becomes the sums of both.
+    """
+    change = torch.zeros_like(fitting.b, dtype=torch.float32)
+    if group.rank == 0:
+        lacking = float(judging.c)
+        gains = {r: lacking - judging.left(w) for r in RIDGES if (w := fitting.solved(r)) is not None}
+        most = max(gains.values(), default=0.0)
+        if most > 0:
+            fitting.a += judging.a
+            fitting.b += judging.b
+            solution = fitting.solved(max(r for r, gain in gains.items() if gain >= ENOUGH * most))
+            if solution is not None:
+                change.copy_(solution)
+    change = change.to(device)
+    group.sum([change])
+    return change if bool(change.any()) else None
 
 
 class _Walk:
@@ -214,26 +299,25 @@ class _Folding:
     def fold_one(self, layer: int, point: int) -> Folded | None:
         """None where the layer stays as it is."""
         module, entering = self.projections.get(layer), (self.walk.start, self.walk.states)
-        if module is None or id(module.weight) not in self.weights or not (share := self._share(layer, module)):
+        share = 0.0
+        if module is not None and id(module.weight) in self.weights:
+            window = self.tokens[:1].to(self.device)
+            share = share_of(self.walk.prefix, layer, module, window, self.autocast, self.group)
+        if module is None or not share:
             self._advance(layer, None)
             return None
         bias = module.bias if module.bias is not None and id(module.bias) in self.weights else None
         fitting, judging, size = self._sums(layer, point, module, share, bias is not None)
-        change, lacking = self._change(fitting, judging), float(fitting.c + judging.c)
-        if change is None:
+        solution, lacking = best_change(fitting, judging, self.device, self.group), float(fitting.c + judging.c)
+        if solution is None:
             self._advance(layer, None)
             return None
-        parameters = [module.weight] if bias is None else [module.weight, bias]
-        old = [parameter.clone() for parameter in parameters]
-        if bias is not None:
-            bias.add_(change[-1])
-            change = change[:-1]
-        module.weight.add_(change.T if isinstance(module, nn.Linear) else change)
+        change = Change.of(module, bias, solution)
+        old = change.apply()
         left = self._advance(layer, point)
         if left < lacking:
             return Folded(module, lacking / size, left / size)
-        for parameter, value in zip(parameters, old, strict=True):
-            parameter.copy_(value)
+        change.undo(old)
         self.walk.start, self.walk.states = entering
         self._advance(layer, None)
         return None
@@ -254,38 +338,16 @@ class _Folding:
             rows = self.parts[part]
             return self.teacher.state(rows, self.tokens[rows].to(self.device), point)
 
-    def _share(self, layer: int, module: Projection) -> float:
-        """The factor with which the layer hands on what its projection gives (Granite's is not 1), found by trying.
-
-        0 where something else comes of it.
-        """
-        window = self.tokens[:1].to(self.device)
-        with self.autocast:
-            plain = self.walk.prefix.entering(window, layer + 1).float()
-        generator = torch.Generator().manual_seed(0)
-        shift = torch.randn(plain.shape, generator=generator).to(self.device) * plain.pow(2).mean().sqrt()
-        hook = lambda _module, _args, output: output + shift.view(output.shape).to(output.dtype)  # noqa: E731
-        with self.autocast:
-            handle = module.register_forward_hook(hook)
-            try:
-                moved = self.walk.prefix.entering(window, layer + 1).float() - plain
-            finally:
-                handle.remove()
-        share = float((moved * shift).sum() / shift.pow(2).sum())
-        is_sum = float((moved - share * shift).norm()) < TOLERANCE * float(moved.norm())
-        share = round(share) if abs(share - round(share)) < TOLERANCE else share
-        return self.group.agree(float(share) if is_sum else 0.0)
-
     def _sums(
         self, layer: int, point: int, module: Projection, share: float, with_bias: bool
-    ) -> tuple[_Sums, _Sums, float]:
+    ) -> tuple[Sums, Sums, float]:
         """Of the windows that fit the change and of those that judge the ridge, and sum |target|^2."""
         taken: dict[str, Tensor] = {}  # of the last pass: a bypass may take one of its own
-        inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0] + with_bias
+        inputs = input_size(module) + with_bias
         place = _place(6 * 8 * inputs * inputs, self.device) or torch.device("cpu")
         if self.group.highest(int(place.type == "cpu"))[0]:  # where they are summed, all must have them
             place = torch.device("cpu")
-        fitting, judging = (_Sums(inputs, self.hidden, place) for _ in range(2))
+        fitting, judging = (Sums(inputs, self.hidden, place) for _ in range(2))
         size = torch.zeros((), dtype=torch.float64, device=place)
         handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))
         targets: list[Tensor] = []
@@ -307,26 +369,6 @@ class _Folding:
             self.untouched.go(point, targets)
         self.group.sum([size, fitting.a, fitting.b, fitting.c, judging.a, judging.b, judging.c])
         return fitting, judging, float(size)
-
-    def _change(self, fitting: _Sums, judging: _Sums) -> Tensor | None:
-        """W `[n, hidden]` in fp32, by the ridge that the judging windows ask for; None where none serves them.
-
-        The first process solves: another's factorisation may round otherwise.
-        """
-        change = torch.zeros_like(fitting.b, dtype=torch.float32)
-        if self.group.rank == 0:
-            lacking = float(judging.c)
-            gains = {r: lacking - judging.left(w) for r in RIDGES if (w := fitting.solved(r)) is not None}
-            most = max(gains.values(), default=0.0)
-            if most > 0:
-                fitting.a += judging.a
-                fitting.b += judging.b
-                solution = fitting.solved(max(r for r, gain in gains.items() if gain >= ENOUGH * most))
-                if solution is not None:
-                    change.copy_(solution)
-        change = change.to(self.device)
-        self.group.sum([change])
-        return change if bool(change.any()) else None
 
     def _advance(self, layer: int, point: int | None) -> float:
         """Go on behind `layer`, as it is now; sum |target - state|^2 there, where a point is given."""

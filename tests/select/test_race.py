@@ -75,7 +75,7 @@ class Judge:
         self.table, self.asked = table, []
         monkeypatch.setattr(racing, "judge_layers", self)
 
-    def __call__(self, model, tokens, gone, layers):
+    def __call__(self, model, tokens, gone, layers, stand_ins):
         windows = tokens[:, 0].tolist()
         self.asked.append((windows, list(layers)))
         return Judgement({layer: self.table[layer][windows] for layer in layers}, len(windows) * len(layers))

@@ -22,6 +22,7 @@ from trsp_fast.models.gathering import own_rows
 from trsp_fast.models.offload import streamed_bytes
 from trsp_fast.models.prefix import PrefixStates
 from trsp_fast.run.state import State, fitting
+from trsp_fast.select.stand_in import StandIns
 
 DAMPING = 1e-4  # added to F in the natural step, so that a gate without any gradient moves by lambda1 alone
 
@@ -36,6 +37,7 @@ class Learning:
     gates: LayerGates
     alive: list[int]
     tokens: Tensor
+    count: int
     order: WindowOrder
     steps: int
     masters: Masters
@@ -53,6 +55,7 @@ class Learning:
     history: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     cost: int = 0
+    stand_ins: StandIns | None = None  # where candidates are judged by their fold
 
 
 def plan_of(learning: Learning, batch: int) -> MemoryPlan:

@@ -7,7 +7,7 @@ long before either loss is.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import INFERENCE_BATCH
 from trsp_fast.select.sleb import judge_layers
+from trsp_fast.select.stand_in import StandIn
 
 FIRST = 8  # windows at most that all candidates are tried on; those that remain, on twice as many, and so on
 REACH = 2.0  # standard errors of the paired difference to the worst of those that would win, beyond which one is out
@@ -38,8 +39,15 @@ class Race:
 
 
 @torch.no_grad()
-def race(model: PreTrainedModel, tokens: Tensor, layers: list[int], wanted: int, group: Group) -> Race:
-    """Which `wanted` of `layers` hurt least when bypassed alone.
+def race(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    layers: list[int],
+    wanted: int,
+    group: Group,
+    stand_ins: Mapping[int, StandIn] | None = None,
+) -> Race:
+    """Which `wanted` of `layers` hurt least when bypassed alone, each with its stand-in if it has one.
 
     Args:
         tokens: calibration windows, int64 `[samples, seq]`; the more they are, the closer candidates are told apart.
@@ -47,7 +55,7 @@ def race(model: PreTrainedModel, tokens: Tensor, layers: list[int], wanted: int,
     """
     found, running = Race(), list(layers)
     for windows in heats(len(tokens)):
-        heat = _heat(model, tokens[windows], running, group, found)
+        heat = _heat(model, tokens[windows], running, group, stand_ins, found)
         for layer, losses in zip(running, heat.unbind(1), strict=True):
             found.losses[layer] = torch.cat([found.losses.get(layer, losses[:0]), losses])
         running = within_reach({layer: found.losses[layer] for layer in running}, wanted)
@@ -86,12 +94,19 @@ def _mean(losses: Tensor) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-def _heat(model: PreTrainedModel, tokens: Tensor, layers: list[int], group: Group, found: Race) -> Tensor:
+def _heat(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    layers: list[int],
+    group: Group,
+    stand_ins: Mapping[int, StandIn] | None,
+    found: Race,
+) -> Tensor:
     """Loss by window and layer, float64 `[windows, layers]`, the same in all processes."""
     own, cost = [torch.zeros(0, len(layers), dtype=torch.float64)], torch.zeros((), dtype=torch.float64)
     batch = INFERENCE_BATCH if group.sharded else 0  # all processes must run alike; else a part proves its prefix
     for rows, weight in group.parts(torch.arange(len(tokens)), batch):
-        judged = judge_layers(model, tokens[rows], [], layers)
+        judged = judge_layers(model, tokens[rows], [], layers, stand_ins)
         cost += judged.cost
         if weight:  # else rows of another process, run to keep step
             own.append(torch.stack([judged.by_window[layer] for layer in layers], 1))

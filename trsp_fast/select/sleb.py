@@ -1,6 +1,8 @@
 """SLEB (arXiv 2402.09025): greedily bypass the layer without which the calibration loss is smallest."""
 
 import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from trsp_fast.models.gathering import is_divided
 from trsp_fast.models.prefix import Prefix
 from trsp_fast.run.state import State
 from trsp_fast.select.contract import Selection, candidates
+from trsp_fast.select.stand_in import StandIn
 
 PROOF = 3  # passes of one window to find out whether the prefix can be reused; where less is to be gained, it is not
 
@@ -40,8 +43,14 @@ class Judgement:
 
 
 @torch.no_grad()
-def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> Judgement:
-    """The losses with `gone` and one more of `layers` bypassed, for each of `layers`.
+def judge_layers(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    gone: list[int],
+    layers: list[int],
+    stand_ins: Mapping[int, StandIn] | None = None,
+) -> Judgement:
+    """The losses with `gone` and one more of `layers` bypassed, for each of `layers`; its stand-in is in its place.
 
     What lies below a candidate is the same for all above it and runs once. Candidates are tried upwards. The states
     that enter one are kept for a batch of windows until the next one needs them one piece further up, so that one batch
@@ -49,71 +58,89 @@ def judge_layers(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers
     are the same). Where two candidates on one window show that it is not, the plain form is used; where layers hand on
     more than hidden states, the kept states stay below them.
     """
-    device, training = next(model.parameters()).device, model.training
+    device, training, stand_ins = next(model.parameters()).device, model.training, stand_ins or {}
     model.eval()
     try:
         with bypassed(model, gone):
-            prefix, ordered = Prefix(model), sorted(layers)
+            prefix = Prefix(model)
+            lowest = {layer: stand_ins[layer].below if layer in stand_ins else layer for layer in sorted(layers)}
+            lowest = dict(sorted(lowest.items(), key=lambda one: one[1]))
             starts: dict[int, int] = {}
             obstacle, cost = None, 0.0
             # Divided weights come and go with whole passes, which all processes must run alike
-            if not is_divided(model) and _gain(prefix, len(tokens), ordered) > PROOF:
-                starts, obstacle = _starts(prefix, tokens[:1].to(device), ordered)
+            if not is_divided(model) and _gain(prefix, len(tokens), lowest) > PROOF:
+                starts, obstacle = _starts(prefix, tokens[:1].to(device), lowest)
                 cost += PROOF
             if starts:
                 parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
                 for part in tokens.split(INFERENCE_BATCH):
-                    cost += _add_batch(prefix, part.to(device), starts, parts)
+                    cost += _add_batch(prefix, part.to(device), starts, stand_ins, parts)
                 return Judgement({layer: torch.cat(found) for layer, found in parts.items()}, cost, obstacle)
-        by_window = plain_by_window(model, tokens, gone, layers)
+        by_window = plain_by_window(model, tokens, gone, layers, stand_ins)
         return Judgement(by_window, cost + len(tokens) * len(layers), obstacle)
     finally:
         model.train(training)
 
 
 @torch.no_grad()
-def plain_by_window(model: PreTrainedModel, tokens: Tensor, gone: list[int], layers: list[int]) -> dict[int, Tensor]:
+def plain_by_window(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    gone: list[int],
+    layers: list[int],
+    stand_ins: Mapping[int, StandIn] | None = None,
+) -> dict[int, Tensor]:
     """What `judge_layers` finds, by a whole pass for each layer and batch; the model must be in evaluation mode."""
     device, found = next(model.parameters()).device, {}
     for layer in layers:
-        with bypassed(model, [*gone, layer]):
+        with bypassed(model, [*gone, layer]), _in_place(stand_ins or {}, layer):
             parts = [losses_by_window(model, part.to(device)).cpu() for part in tokens.split(INFERENCE_BATCH)]
         found[layer] = torch.cat(parts)
     return found
 
 
-def _starts(prefix: Prefix, window: Tensor, layers: list[int]) -> tuple[dict[int, int], str | None]:
+def _in_place(stand_ins: Mapping[int, StandIn], layer: int) -> AbstractContextManager[None]:
+    return stand_ins[layer].in_place() if layer in stand_ins else nullcontext()
+
+
+def _starts(prefix: Prefix, window: Tensor, lowest: dict[int, int]) -> tuple[dict[int, int], str | None]:
     """Where each candidate's pass begins, empty for the plain form; and what is in the way of more.
 
     It takes `PROOF` passes of the window: one to look, one whole, one in two halves.
     """
     highest, obstacle = prefix.highest(window), None
-    if highest < layers[-2]:
+    if highest < sorted(lowest.values())[-2]:
         obstacle = f"layer {highest} hands on more than hidden states"
-    starts = _nearest(layers, highest)
+    starts = _nearest(lowest, highest)
     if top := max(starts.values()):
-        if not prefix.agrees(window, top, prefix.entering(window, top), [layers[-1]]):
+        if not prefix.agrees(window, top, prefix.entering(window, top), [max(lowest)]):
             return {}, f"the loss from the states that enter layer {top} on is another"
         return starts, obstacle
     return {}, obstacle
 
 
-def _nearest(layers: list[int], highest: int) -> dict[int, int]:
-    """For each candidate (ascending) the next layer below or at it at which a pass may begin.
+def _nearest(lowest: dict[int, int], highest: int) -> dict[int, int]:
+    """For each candidate the next layer, below the lowest that is another for it or that one, where a pass may begin.
 
-    To stop at the last candidate would gain nothing: no other needs what is below it.
+    To stop at the last candidate's would gain nothing: no other needs what is below it.
     """
-    places = [0, *(layer for layer in layers[:-1] if layer <= highest)]
-    return {layer: max(place for place in places if place <= layer) for layer in layers}
+    places = [0, *(place for place in list(lowest.values())[:-1] if place <= highest)]
+    return {layer: max(place for place in places if place <= own) for layer, own in lowest.items()}
 
 
-def _gain(prefix: Prefix, samples: int, layers: list[int]) -> float:
+def _gain(prefix: Prefix, samples: int, lowest: dict[int, int]) -> float:
     """Passes of one window that are saved at most."""
-    skipped = [prefix.alive(0, start) for start in _nearest(layers, len(prefix.stack)).values()]
+    skipped = [prefix.alive(0, start) for start in _nearest(lowest, len(prefix.stack)).values()]
     return (sum(skipped) - max(skipped)) * samples / max(1, prefix.alive(0, len(prefix.stack)))
 
 
-def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: dict[int, list[Tensor]]) -> float:
+def _add_batch(
+    prefix: Prefix,
+    tokens: Tensor,
+    starts: dict[int, int],
+    stand_ins: Mapping[int, StandIn],
+    losses: dict[int, list[Tensor]],
+) -> float:
     """Add one batch's losses to `losses`; the cost."""
     ran, start, states = 0, 0, None
     for layer, wanted in starts.items():
@@ -122,7 +149,8 @@ def _add_batch(prefix: Prefix, tokens: Tensor, starts: dict[int, int], losses: d
             states = prefix.entering(tokens, wanted, start, states)
             start = wanted
         # A copy: a layer that wrote into its input would change the later candidates' states.
-        with prefix.skipped(start, None if states is None else states.clone(), [layer]):
+        own = None if states is None else states.clone()
+        with prefix.skipped(start, own, [layer]), _in_place(stand_ins, layer):
             losses[layer].append(losses_by_window(prefix.model, tokens).cpu())
         ran += prefix.alive(start, layer) + prefix.alive(layer + 1, len(prefix.stack))
     return ran * len(tokens) / max(1, prefix.alive(0, len(prefix.stack)))

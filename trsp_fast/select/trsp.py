@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ from trsp_fast.select.gate_learning import (
     state_of,
 )
 from trsp_fast.select.race import race
+from trsp_fast.select.stand_in import StandIn, StandIns
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
 JUMP_WINDOWS = 32  # calibration windows on which the loss with and without trained gates is told
@@ -70,6 +72,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             gates=gates,
             alive=allowed,
             tokens=tokens,
+            count=count,
             order=WindowOrder(len(tokens), batch, config.seed),
             steps=settings.steps_per_round or -(-len(tokens) // batch),
             masters=masters,
@@ -78,6 +81,9 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         window = tokens[:1].to(gates.values.device)
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
+        with gates.neutral(), torch.compiler.set_stance("force_eager"):  # which calls the hooks in compiled layers
+            learning.stand_ins = _stand_ins(learning, config)
+        learning.cost = 0 if learning.stand_ins is None else math.ceil(learning.stand_ins.cost)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
         if config.run.compile and config.run.offload == "none":
             during.enter_context(compiled_layers(model))
@@ -85,34 +91,75 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             session.events.note("run.compile is for stage 2 only here: streamed layers are not compiled.")
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
+        _stand_in_again(learning, during)
         while (missing := count - len(learning.chosen)) > 0:
             learn_round(learning)
-            _remove(learning, _lowest(learning, missing if settings.schedule == "oneshot" else 1))
+            _remove(learning, *_lowest(learning, missing if settings.schedule == "oneshot" else 1), during)
             session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
         if settings.train_weights:
             _discard_gates(learning)
     return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
 
 
-def _remove(learning: Learning, layers: list[int]) -> None:
-    """Bypass what the round has chosen; the next one begins."""
+def _stand_ins(learning: Learning, config: TRSPConfig) -> StandIns | None:
+    """None where candidates are judged by their cut: where that is asked for, or where no weight may change."""
+    settings, session = config.select, learning.session
+    if settings.judge == "cut" or settings.shortlist < 2:
+        return None
+    obstacles = {
+        "all weights are trained": settings.train_weights,
+        "the layers' weights are in host memory": config.run.offload != "none",
+        "their weights are divided": session.group.sharded,
+    }
+    if reason := next((reason for reason, applies in obstacles.items() if applies), None):
+        session.events.note(f"the layers to choose from are judged by their cut, not by their fold: {reason}.")
+        return None
+    return StandIns(learning.model, learning.tokens, session.group)
+
+
+def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], during: ExitStack) -> None:
+    """Bypass what the round has chosen; the next one begins, on a model that has its stand-in until stage 1 ends."""
     layers = learning.session.group.agree(layers)
+    if len(learning.chosen) + len(layers) < learning.count and layers[0] in stand_ins:
+        during.enter_context(stand_ins[layers[0]].in_place())
     learning.chosen = [*learning.chosen, *layers]
     learning.alive = [layer for layer in learning.alive if layer not in layers]
     learning.gates.bypass(layers)
     learning.index, learning.done = learning.index + 1, 0
 
 
-def _lowest(learning: Learning, wanted: int) -> list[int]:
-    """The `wanted` lowest layers by the configured rank, or by real bypass among a shortlist of them."""
+def _stand_in_again(learning: Learning, during: ExitStack) -> None:
+    """What stood for the layers that a resumed run has chosen already: each was fitted before the next one went."""
+    if learning.stand_ins is None or not learning.chosen:
+        return
+    gates = learning.gates
+    gates.restore(learning.chosen)
+    for layer in learning.chosen:
+        with gates.neutral(), torch.compiler.set_stance("force_eager"):
+            if stand_in := learning.stand_ins.of([layer]).get(layer):
+                during.enter_context(stand_in.in_place())
+        gates.bypass([layer])
+
+
+def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, StandIn]]:
+    """The `wanted` lowest layers by the configured rank, or by real bypass among a shortlist of them.
+
+    And what stood for each of these in a race of folded candidates.
+    """
     gates, settings = learning.gates, learning.config
     score = learning.curvature if settings.rank == "fisher" else gates.values.detach().abs()
     ranked = sorted(learning.alive, key=lambda layer: float(score[layer]))
     judged: dict[int, dict[str, float]] = {}
+    stand_ins: dict[int, StandIn] = {}
     if settings.shortlist > 1:
         short = ranked[: max(settings.shortlist, wanted)]
         with gates.neutral():
-            found = race(learning.model, learning.tokens, short, wanted, learning.session.group)
+            if learning.stand_ins is not None:
+                before = learning.stand_ins.cost
+                with torch.compiler.set_stance("force_eager"):
+                    stand_ins = learning.stand_ins.of(short)
+                learning.cost += math.ceil(learning.stand_ins.cost - before)
+            found = race(learning.model, learning.tokens, short, wanted, learning.session.group, stand_ins)
         learning.cost += math.ceil(found.cost)
         judged = {
             layer: {"loss": float(losses.mean()), "windows": len(losses)} for layer, losses in found.losses.items()
@@ -130,7 +177,7 @@ def _lowest(learning: Learning, wanted: int) -> list[int]:
         }
         learning.rounds.append(entry)
         learning.session.events.emit("round", **entry)
-    return ranked[:wanted]
+    return ranked[:wanted], stand_ins
 
 
 def _discard_gates(learning: Learning) -> None:
