@@ -27,7 +27,7 @@ def whole(model, group) -> dict:
 
 
 def run(name: str, out=None, changes=None, model=None, micro_batch: int = 0, **options) -> dict:
-    """A whole run, with everything that is proved; weights in one piece."""
+    """A whole run, with everything that is proved; weights in one piece. Divided candidates are cut, not folded."""
     from tiny import tiny_llama
 
     import trsp_fast as trsp
@@ -35,7 +35,8 @@ def run(name: str, out=None, changes=None, model=None, micro_batch: int = 0, **o
     from trsp_fast.engine.session import Session
 
     fsdp = {"run": {"parallel": "fsdp"}} if os.environ.get("WORLD_SIZE", "1") != "1" else {}
-    config = trsp.TRSPConfig.from_dict(together.settings(name, **{**fsdp, **(changes or {})}))
+    values = together.settings(name, **{**fsdp, **(changes or {})})
+    config = trsp.TRSPConfig.from_dict(values | {"select": {"judge": "cut", **values.get("select", {})}})
     tokens, model = together.tokens(), model or tiny_llama()
     rates = {"prompt_tokens_per_second": 1.0, "generated_tokens_per_second": 1.0}
     at_once = lambda *arguments, **more: Session(*arguments, **more, micro_batch=micro_batch)  # noqa: E731

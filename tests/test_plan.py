@@ -24,14 +24,17 @@ def test_a_fold_counts_two_passes_of_the_shorter_model_and_one_of_the_untouched(
     assert found.steps["stage 2"] == (0 if fold == "alone" else 2)
 
 
-@pytest.mark.parametrize(("shortlist", "raced"), [(0, 0.0), (4, 8 * 4 * 0.55 + 24)])
-def test_a_round_counts_its_steps_and_its_race(monkeypatch, shortlist, raced):
+@pytest.mark.parametrize(
+    ("shortlist", "judge", "raced"),
+    [(0, "fold", 0.0), (4, "cut", 8 * 4 * 0.55 + 24), (4, "fold", 24 + 8 * 4 * 0.55 + 24)],
+)
+def test_a_round_counts_its_steps_and_its_race(monkeypatch, shortlist, judge, raced):
     """Rounds of 6 and 5 layers, each its share of the weights; the shortlist first on 8 of the 24 windows."""
     monkeypatch.setattr(plan, "_seconds_of_a_window", lambda *_: SECOND)
     monkeypatch.setattr(plan, "_seconds_per_step", lambda *_: 10.0)
     monkeypatch.setattr(plan, "_share", lambda _, alive: alive / 6)
     tokens = torch.randint(0, 97, (24, 16), generator=torch.Generator().manual_seed(0))
-    select = {"shortlist": shortlist, "steps_per_round": 3}
+    select = {"shortlist": shortlist, "judge": judge, "steps_per_round": 3}
     config = TRSPConfig.from_dict({"num_layers": 2, "select": select, "transfer": {"epochs": 0, "fold": "none"}})
     found = plan.forecast(tiny_llama(6), tokens, config)
     assert found.seconds["stage 1"] == pytest.approx((1 + 5 / 6) * (3 * 10.0 + raced * SECOND), abs=0.06)

@@ -24,6 +24,7 @@ from trsp_fast.run.state import KEPT
 from trsp_fast.select import choose_layers
 from trsp_fast.select.contract import candidates
 from trsp_fast.select.race import FIRST
+from trsp_fast.select.stand_in import WINDOWS as FITTED
 from trsp_fast.select.trsp import BATCH
 from trsp_fast.transfer import require_room, trained_weights, transfer
 
@@ -150,14 +151,15 @@ def _stage_1(
     step = _seconds_per_step(
         "select_step", "stage 1", plans, lambda session: choose_layers(model, tokens, config, session=session)
     )
-    work = [step * per_round + forward * _raced(len(tokens), min(settings.shortlist, number)) for number in alive]
+    fitted = min(len(tokens), FITTED) if settings.judge == "fold" else 0
+    work = [step * per_round + forward * _raced(len(tokens), min(settings.shortlist, n), fitted) for n in alive]
     shares = [_share(model, number) for number in alive]
     return sum(share * one for share, one in zip(shares, work, strict=True)), per_round * len(alive)
 
 
-def _raced(windows: int, candidates: int) -> float:
-    """Passes of one window: the first heat of all, and about one more of all windows for those that lie close."""
-    return min(windows, FIRST) * candidates * PIECE + windows if candidates > 1 else 0.0
+def _raced(windows: int, candidates: int, fitted: int) -> float:
+    """Passes of one window: the fold's, the first heat of all, about one of all windows for those that lie close."""
+    return fitted + min(windows, FIRST) * candidates * PIECE + windows if candidates > 1 else 0.0
 
 
 def _stage_2(

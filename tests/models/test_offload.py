@@ -289,7 +289,12 @@ def bare(monkeypatch):
 
 
 def config(offload, **values):
-    base = {"num_layers": 2, "device": "cpu", "data": {"batch": 4}, "select": {"steps_per_round": 2, "shortlist": 2}}
+    base = {
+        "num_layers": 2,
+        "device": "cpu",
+        "data": {"batch": 4},
+        "select": {"steps_per_round": 2, "shortlist": 2, "judge": "cut"},
+    }
     base |= {"transfer": {"epochs": 0}, "run": {"offload": offload}}
     return TRSPConfig.from_dict({name: merged(base.get(name), values.get(name)) for name in base.keys() | values})
 

@@ -82,6 +82,7 @@ class StandIns:
                     self._places[layer] = module, share
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # compiled layers would not call the hooks inside
     def of(self, layers: Sequence[int]) -> dict[int, StandIn]:
         """By layer, as the model is now; without those that have none.
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -81,7 +80,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         window = tokens[:1].to(gates.values.device)
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
-        with gates.neutral(), torch.compiler.set_stance("force_eager"):  # which calls the hooks in compiled layers
+        with gates.neutral():
             learning.stand_ins = _stand_ins(learning, config)
         learning.cost = 0 if learning.stand_ins is None else math.ceil(learning.stand_ins.cost)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
@@ -135,7 +134,7 @@ def _stand_in_again(learning: Learning, during: ExitStack) -> None:
     gates = learning.gates
     gates.restore(learning.chosen)
     for layer in learning.chosen:
-        with gates.neutral(), torch.compiler.set_stance("force_eager"):
+        with gates.neutral():
             if stand_in := learning.stand_ins.of([layer]).get(layer):
                 during.enter_context(stand_in.in_place())
         gates.bypass([layer])
@@ -156,8 +155,7 @@ def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, Stand
         with gates.neutral():
             if learning.stand_ins is not None:
                 before = learning.stand_ins.cost
-                with torch.compiler.set_stance("force_eager"):
-                    stand_ins = learning.stand_ins.of(short)
+                stand_ins = learning.stand_ins.of(short)
                 learning.cost += math.ceil(learning.stand_ins.cost - before)
             found = race(learning.model, learning.tokens, short, wanted, learning.session.group, stand_ins)
         learning.cost += math.ceil(found.cost)
