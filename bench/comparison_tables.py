@@ -176,10 +176,10 @@ def _at_rates(name: str) -> list[AtRates]:
 
 def parts() -> str:
     """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
-    names = ("trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
+    names = ("trsp-judge-cut", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
     lines = [
         "| model | removed | `trsp` | " + " | ".join(f"`{name}`" for name in names) + " |",
-        "|---|---|---|---|---|---|",
+        "|---" * (3 + len(names)) + "|",
     ]
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())

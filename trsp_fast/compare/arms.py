@@ -14,7 +14,7 @@ from trsp_fast.errors import UserError
 from trsp_fast.select import METHODS
 
 CORE = ("trsp", "trsp-paper", "lm-then-cut", "cut-sleb-lm", "cut-sleb-distill", "cut-shortgpt-distill", "sleb")
-PARTS = ("trsp", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden", "trsp-fold", "trsp-untrained")
+PARTS = ("trsp", "trsp-judge-cut", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden", "trsp-fold", "trsp-untrained")
 
 # What the optimiser does with the tokens; the same in all arms, whatever a preset says.
 _COMMON = ("epochs", "lr", "warmup", "clip", "optimizer", "trainable")
@@ -74,6 +74,7 @@ def _named() -> dict[str, Arm]:
             {},
             {**_PLAIN, "objective": "distill", "gate": "anneal", "hold": 0.3},
         ),
+        Arm("trsp-judge-cut", "this configuration, layers judged by their direct cut", {"judge": "cut"}, {}),
         Arm("trsp-no-noise", "this configuration, on the text as it is", {}, {"noise": 0.0}),
         Arm("trsp-no-fold", "this configuration, trained from the direct cut", {}, {"fold": "none"}),
         Arm("trsp-no-hidden", "this configuration, imitating logits alone", {}, {"hidden": 0.0}),
