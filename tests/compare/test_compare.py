@@ -96,6 +96,9 @@ def test_the_parts_are_left_out_one_at_a_time():
         arm = next(arm for arm in chosen_arms("parts") if arm.name == f"trsp-no-{part}")
         assert arm.config(base, 0) == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": {part: without}}))
         assert arm.config(base, 0) != base
+    judged_by_cut = TRSPConfig.from_dict(merge(base.to_dict(), {"select": {"judge": "cut"}}))
+    assert next(arm for arm in chosen_arms("parts") if arm.name == "trsp-judge-cut").config(base, 0) == judged_by_cut
+    assert judged_by_cut != base
 
 
 # ---- rows
