@@ -61,12 +61,14 @@ class Change:
         return cls((module.weight,), amounts) if bias is None else cls((module.weight, bias), (*amounts, solution[-1]))
 
     @torch.no_grad()
-    def apply(self) -> list[Tensor]:
-        """What the parameters were."""
-        old = [parameter.clone() for parameter in self.parameters]
+    def saved(self) -> list[Tensor]:
+        """What the parameters are, for `undo`."""
+        return [parameter.clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def apply(self) -> None:
         for parameter, amount in zip(self.parameters, self.amounts, strict=True):
             parameter.add_(amount)
-        return old
 
     @torch.no_grad()
     def undo(self, old: Iterable[Tensor]) -> None:
@@ -178,6 +180,12 @@ def share_of(
     if is_sum and abs(share - round(share)) < TOLERANCE:  # not where nothing moves or overflows: nan is no sum
         share = round(share)
     return group.agree(float(share) if is_sum else 0.0)
+
+
+def place_of_sums(inputs: int, device: torch.device, group: Group) -> torch.device:
+    """Where there is room for the sums of one projection and to solve for its change; the same in all processes."""
+    place = _place(6 * 8 * inputs * inputs, device) or torch.device("cpu")
+    return torch.device("cpu") if group.highest(int(place.type == "cpu"))[0] else place
 
 
 def _folds(total: int, layers: Sequence[int]) -> list[tuple[int, int]]:
@@ -313,7 +321,8 @@ class _Folding:
             self._advance(layer, None)
             return None
         change = Change.of(module, bias, solution)
-        old = change.apply()
+        old = change.saved()
+        change.apply()
         left = self._advance(layer, point)
         if left < lacking:
             return Folded(module, lacking / size, left / size)
@@ -344,9 +353,7 @@ class _Folding:
         """Of the windows that fit the change and of those that judge the ridge, and sum |target|^2."""
         taken: dict[str, Tensor] = {}  # of the last pass: a bypass may take one of its own
         inputs = input_size(module) + with_bias
-        place = _place(6 * 8 * inputs * inputs, self.device) or torch.device("cpu")
-        if self.group.highest(int(place.type == "cpu"))[0]:  # where they are summed, all must have them
-            place = torch.device("cpu")
+        place = place_of_sums(inputs, self.device, self.group)
         fitting, judging = (Sums(inputs, self.hidden, place) for _ in range(2))
         size = torch.zeros((), dtype=torch.float64, device=place)
         handle = module.register_forward_hook(lambda _module, args, _output: taken.update(h=args[0]))

@@ -221,3 +221,20 @@ def test_bad_arguments_are_refused(llama):
         LayerGates(llama, layers=[6])
     with pytest.raises(UserError, match="mode is"):
         LayerGates(llama, mode="both")
+
+
+def test_a_bypass_that_fails_half_way_leaves_no_layer_without_its_forward(llama, monkeypatch):
+    """To learn what a layer returns may take a forward pass, and that may fail where layers need each other."""
+    from trsp_fast.models import bypass
+
+    real = bypass._returned
+
+    def returned(model, layer):
+        if layer is model.model.layers[2]:
+            raise KeyError("sliding_attention")
+        return real(model, layer)
+
+    monkeypatch.setattr(bypass, "_returned", returned)
+    with pytest.raises(KeyError), bypassed(llama, [0, 1, 2]):
+        pass
+    assert not any("forward" in layer.__dict__ for layer in llama.model.layers)

@@ -66,6 +66,7 @@ def test_a_loss_that_is_not_finite_loses():
     assert within_reach({0: wild, 1: fine}, 2) == [0, 1]
     assert within_reach({0: wild, 1: wild.clone(), 2: fine}, 2) == [0, 1, 2]
     assert racing.Race({0: wild, 1: fine}).ranked == [1, 0]
+    assert racing.Race({0: torch.cat([wild, wild]), 1: fine}).ranked == [1, 0]  # even where it ran further
 
 
 class Judge:

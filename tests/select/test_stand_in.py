@@ -1,6 +1,7 @@
 """Candidates that are judged by their fold: the change against ridge regression written out, and what it decides."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_each_is_the_same_whoever_else_is_asked_for_and_however_many_fit(llama, 
 
 def test_windows_are_spread_over_all(llama):
     tokens = torch.arange(100)[:, None].expand(-1, 8) % 90
-    assert StandIns(llama, tokens, Group()).tokens[:, 0].tolist() == [index % 90 for index in range(0, 96, 3)]
+    assert StandIns(llama, tokens, Group()).tokens[:, 0].tolist() == [index * 100 // 32 % 90 for index in range(32)]
     assert len(StandIns(llama, tokens[:5], Group()).tokens) == 5
 
 
@@ -102,7 +103,31 @@ def test_a_candidate_is_judged_with_its_change_in_place_and_the_weights_come_bac
 def test_where_the_output_is_no_sum_the_cut_is_judged(tokens, family):
     """A norm behind the projection, or experts in one tensor."""
     model = build(family)
-    assert StandIns(model, tokens, Group()).of([2, 3]) == {}
+    makes = StandIns(model, tokens, Group())
+    assert makes.of([2, 3]) == {}
+    assert makes.obstacle() == "no layer ends with a projection of its own that is added to the states"
+
+
+def test_a_shared_bias_stays_as_it_is(tokens):
+    model = build("gpt2")
+    for block in model.transformer.h:
+        block.mlp.c_proj.bias = model.transformer.h[0].mlp.c_proj.bias
+    assert {len(made.change.parameters) for made in StandIns(model, tokens, Group()).of([1, 2]).values()} == {1}
+
+
+def test_all_processes_count(llama, tokens, monkeypatch):
+    alone, two = StandIns(llama, tokens, Group()), Group()
+    two.size = 2
+    assert StandIns(llama, tokens, two).cost == 2 * alone.cost == 2 * (1 + 2 * (1 + 2 + 3 + 4 + 5 + 6) / 6)
+
+
+def test_an_error_while_it_is_put_in_place_leaves_no_trace(tokens):
+    model = build("gpt2")
+    made, before = StandIns(model, tokens, Group()).of([2])[2], weights(model)
+    broken = dataclasses.replace(made.change, amounts=(made.change.amounts[0], torch.zeros(3)))
+    with pytest.raises(RuntimeError), stand_in.StandIn(made.below, broken).in_place():
+        pass
+    assert untouched(model, before)
 
 
 def settings(**select):
@@ -142,3 +167,14 @@ def test_where_weights_cannot_change_the_cut_is_judged_and_a_note_says_so(llama,
     found = choose_layers(llama, tokens, settings(train_weights=True, optimizer="adam"), events)
     assert [text for text in notes if "judged by their cut, not by their fold: all weights are trained" in text]
     assert found.rounds
+    notes.clear()
+    choose_layers(llama, tokens[:3], settings(), events)
+    assert [text for text in notes if "every 4th window judges the fold, and there are 3" in text]
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_layers_that_share_keys_and_values_are_chosen_from(family):
+    model = build(family)
+    tokens = torch.randint(1, 90, (8, 12), generator=torch.Generator().manual_seed(1))
+    found = choose_layers(model, tokens, settings())
+    assert len(found.layers) == 2

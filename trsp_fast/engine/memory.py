@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from trsp_fast.errors import UserError
-from trsp_fast.models.families import layer_stack
+from trsp_fast.models.families import fixed_layers, layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.offload import resident, streamed_bytes
@@ -87,7 +87,12 @@ def plan_memory(
     """
     device = next(model.parameters()).device
     available = free_memory(device) if available is None else available
-    costs = _measured_in_what_fits(model, step, device, min(2, batch), gated)
+    try:
+        costs = _measured_in_what_fits(model, step, device, min(2, batch), gated)
+    except KeyError:
+        if not fixed_layers(model.config.to_dict()):
+            raise
+        return MemoryPlan(1, ())  # a layer looks for another's keys and values (Gemma 3n, 4): none can be left out
     # On a GPU a larger pass is never slower
     sizes = [batch if device.type == "cuda" else min(batch, max(1, CPU_TOKENS // length))]
     while sizes[-1] > 1:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ def bypassed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[PreTrain
         UserError: at the forward pass, if it uses a KV cache whose length is read from a bypassed layer.
     """
     stack = layer_stack(model)
-    before = {index: replace_forward(stack.layers[index], Identity(model, stack, index)) for index in layers}
-    try:
+    with ExitStack() as undo:
+        for index in layers:  # one by one: an identity that takes a forward pass may fail
+            layer, forward = stack.layers[index], Identity(model, stack, index)
+            undo.callback(restore_forward, layer, replace_forward(layer, forward))
         yield model
-    finally:
-        for index, forward in before.items():
-            restore_forward(stack.layers[index], forward)
 
 
 class Identity:

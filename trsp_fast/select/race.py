@@ -25,7 +25,7 @@ REACH = 2.0  # standard errors of the paired difference to the worst of those th
 
 @dataclass
 class Race:
-    """Candidates from best to worst by their mean loss: those that ran further first.
+    """Candidates from best to worst by their mean loss: those that ran further first, those that overflowed last.
 
     losses: float64 by candidate, one per window that it was tried on. cost: in forward passes of one window.
     """
@@ -35,7 +35,11 @@ class Race:
 
     @property
     def ranked(self) -> list[int]:
-        return sorted(self.losses, key=lambda layer: (-len(self.losses[layer]), _mean(self.losses[layer])))
+        def place(layer: int) -> tuple[bool, int, float]:
+            losses = self.losses[layer]
+            return math.isinf(_mean(losses)), -len(losses), _mean(losses)
+
+        return sorted(self.losses, key=place)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from trsp_fast.fold import (
     Sums,
     best_change,
     input_size,
+    place_of_sums,
     projections,
     share_of,
 )
@@ -48,11 +49,24 @@ class StandIn:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        old = self.change.apply()
+        old = self.change.saved()
         try:
+            self.change.apply()
             yield
         finally:
             self.change.undo(old)
+
+
+class _Place(NamedTuple):
+    """A projection that may change, its bias if that may too, and the factor with which its layer hands it on."""
+
+    module: Projection
+    bias: Tensor | None
+    share: float
+
+    @property
+    def inputs(self) -> int:
+        return input_size(self.module) + (self.bias is not None)
 
 
 class StandIns:
@@ -68,18 +82,26 @@ class StandIns:
             model: with no layer bypassed.
             tokens: calibration windows, int64 `[samples, seq]`, of which `WINDOWS` are taken, evenly spread.
         """
-        self.model, self.group, self.cost = model, group, 1.0
-        self.tokens = tokens[:: max(1, len(tokens) // WINDOWS)][:WINDOWS]
+        self.model, self.group, self.cost = model, group, float(group.size)
+        count = min(WINDOWS, len(tokens))
+        self.tokens = tokens[torch.arange(count) * len(tokens) // count]
         self.device, self.stack = next(model.parameters()).device, layer_stack(model)
         window, prefix = self.tokens[:1].to(self.device), Prefix(model)
         found = projections(model, window)
         owners = Counter(id(parameter) for module in found.values() for parameter in module.parameters())
-        self._places: dict[int, tuple[Projection, float]] = {}
+        self._places: dict[int, _Place] = {}
         for layer, module in found.items():
             if owners[id(module.weight)] < 2:
-                self.cost += 2 * (layer + 1) / len(self.stack)
+                self.cost += group.size * 2 * (layer + 1) / len(self.stack)
                 if share := share_of(prefix, layer, module, window, nullcontext(), group):
-                    self._places[layer] = module, share
+                    own = module.bias is not None and owners[id(module.bias)] < 2
+                    self._places[layer] = _Place(module, module.bias if own else None, share)
+
+    def obstacle(self) -> str | None:
+        """Why no layer can have one."""
+        if len(self.tokens) < VALIDATION:
+            return f"every {VALIDATION}th window judges the fold, and there are {len(self.tokens)}"
+        return None if self._places else "no layer ends with a projection of its own that is added to the states"
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # compiled layers would not call the hooks inside
@@ -96,8 +118,8 @@ class StandIns:
             for layer, (fitting, judging) in self._sums(now).items():
                 solution = best_change(fitting, judging, self.device, self.group)
                 if solution is not None:
-                    module, _ = self._places[now[layer]]
-                    stand_ins[layer] = StandIn(now[layer], Change.of(module, module.bias, solution))
+                    place = self._places[now[layer]]
+                    stand_ins[layer] = StandIn(now[layer], Change.of(place.module, place.bias, solution))
             waiting = {layer: below for layer, below in waiting.items() if layer not in now}
         return stand_ins
 
@@ -114,7 +136,7 @@ class StandIns:
         """Of how many projections the sums have room together, at least one; the same in all processes."""
         room, taken = SUMS_SHARE * free_memory(self.device), 0.0
         for number, layer in enumerate(below):
-            inputs, hidden = input_size(self._places[layer][0]) + 1, self._hidden
+            inputs, hidden = self._places[layer].inputs, self._hidden
             taken += 3 * 8 * inputs * (inputs + hidden)  # fp64: of both kinds of windows, and to solve
             if self.group.highest(int(number > 0 and taken > room))[0]:
                 return number
@@ -129,28 +151,28 @@ class StandIns:
         modules = {layer: self._places[below] for layer, below in places.items()}
         after = {layer: self._above(layer) for layer in places}
         sums: dict[int, tuple[Sums, Sums]] = {}
-        for layer, (module, _) in modules.items():
-            size = input_size(module) + (module.bias is not None)
-            sums[layer] = Sums(size, self._hidden, self.device), Sums(size, self._hidden, self.device)
+        for layer, own in modules.items():
+            place = place_of_sums(own.inputs, self.device, self.group)
+            sums[layer] = Sums(own.inputs, self._hidden, place), Sums(own.inputs, self._hidden, place)
         taken: dict[int, Tensor] = {}
         batch = max(1, min(INFERENCE_BATCH, PART_TOKENS // self.tokens.shape[1]))
         with ExitStack() as hooks:
             tap = hooks.enter_context(InputTap(self.model, {*places, *after.values()}))
-            for layer, (module, _) in modules.items():
+            for layer, (module, *_) in modules.items():
                 hooks.callback(module.register_forward_hook(_taker(taken, layer)).remove)
             for rows, _ in self.group.parts(torch.arange(len(self.tokens)), batch):
                 self.model(input_ids=self.tokens[rows].to(self.device), use_cache=False)
                 judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)
-                for layer, (module, share) in modules.items():
+                for layer, (_, bias, share) in modules.items():
                     entering = tap.taken[layer].float()
                     lacking = tap.taken[after[layer]].float() - entering
                     h = taken[layer].float().view(*entering.shape[:2], -1) * share
-                    if module.bias is not None:
+                    if bias is not None:
                         h = torch.cat([h, h.new_full((*h.shape[:2], 1), share)], dim=2)
-                    for own, chosen in zip(sums[layer], (~judges, judges), strict=True):
-                        own.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
+                    for some, chosen in zip(sums[layer], (~judges, judges), strict=True):
+                        some.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
         self.cost += len(self.tokens)
-        self.group.sum([tensor for pair in sums.values() for own in pair for tensor in (own.a, own.b, own.c)])
+        self.group.sum([tensor for pair in sums.values() for some in pair for tensor in (some.a, some.b, some.c)])
         return sums
 
 

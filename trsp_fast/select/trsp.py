@@ -110,10 +110,14 @@ def _stand_ins(learning: Learning, config: TRSPConfig) -> StandIns | None:
         "the layers' weights are in host memory": config.run.offload != "none",
         "their weights are divided": session.group.sharded,
     }
-    if reason := next((reason for reason, applies in obstacles.items() if applies), None):
+    reason, stand_ins = next((reason for reason, applies in obstacles.items() if applies), None), None
+    if reason is None:
+        stand_ins = StandIns(learning.model, learning.tokens, session.group)
+        reason = stand_ins.obstacle()
+    if reason:
         session.events.note(f"the layers to choose from are judged by their cut, not by their fold: {reason}.")
         return None
-    return StandIns(learning.model, learning.tokens, session.group)
+    return stand_ins
 
 
 def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], during: ExitStack) -> None:
