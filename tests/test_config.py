@@ -103,3 +103,9 @@ def test_unreadable_files_are_refused(tmp_path, text, message):
 def test_setting_without_value_is_refused():
     with pytest.raises(UserError, match="has no value"):
         parse_setting("transfer.norm")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_judges_layers_by_their_fold_only_where_stage_2_folds(name):
+    config = TRSPConfig.from_dict({"preset": name})
+    assert (config.select.judge == "fold" and config.select.shortlist > 1) == config.transfer.folds

@@ -308,7 +308,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # The two stages of the paper with what won by themselves: gates annealed and the penalty, before the layers leave.
-    "two-stage": {"transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0, "noise": 0.0, "fold": "none"}},
+    "two-stage": {
+        "select": {"judge": "cut"},
+        "transfer": {"gate": "anneal", "hold": 0.8, "lambda2": 1.0, "noise": 0.0, "fold": "none"},
+    },
     # The plain rival: the layers leave first, all tokens are spent on distilling the logits.
     "cut-first": {
         "select": {"judge": "cut"},
