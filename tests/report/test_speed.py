@@ -124,10 +124,10 @@ def test_memory_is_what_the_work_holds_at_once():
         torch.ones(size // 2, dtype=torch.uint8)
 
     torch.ones(4 * size, dtype=torch.uint8)  # an earlier, higher peak does not count
-    growth = peak_growth(work, CPU)
-    if growth is None:
+    growths = [peak_growth(work, CPU) for _ in range(3)]
+    if growths[0] is None:
         pytest.skip("this system does not tell the peak of the resident set")
-    assert size * 0.95 < growth < size * 1.3
+    assert size * 0.95 < min(growths) < size * 1.3  # what else the system does meanwhile only adds
 
 
 def test_memory_of_a_model_counts_its_weights(llama):
