@@ -86,6 +86,34 @@ def test_the_page_of_a_run_has_every_plot(run):
     assert not re.search(r'(?:src|href)="(?!#)|@import|url\((?!#)', text)
 
 
+def test_the_page_tells_what_the_race_of_each_round_found(run, tmp_path):
+    _, result, out = run
+    text = (out / "report.html").read_text()
+    for entry in result.report["selection"]["rounds"]:
+        assert entry["folded"] == []
+        assert len(entry["judged"]) == 6 - entry["round"]
+        for one in entry["judged"].values():
+            assert f'<td class="n">{one["loss"]:.3f} ({one["windows"]})</td>' in text
+    assert "Loss without each layer, and in brackets" in text
+    folded = json.loads(json.dumps(result.report))
+    for entry in folded["selection"]["rounds"]:
+        entry["folded"] = [layer for layer in range(1, 6) if str(layer) in entry["judged"]]
+    write_report(folded, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Loss without each layer, its work folded into the layer below, and in brackets" in text
+    one = folded["selection"]["rounds"][0]["judged"]
+    assert f"{one['0']['loss']:.3f}* ({one['0']['windows']})" in text
+    assert f"{one['1']['loss']:.3f} ({one['1']['windows']})" in text
+
+
+def test_gates_that_are_told_before_their_only_step_are_not_drawn(run):
+    """They are all 1; the table of rounds has what they came to."""
+    report = json.loads(json.dumps(run[1].report))
+    for entry in report["selection"]["gates"]:
+        entry["gates"] = [None if value is None else 1.0 for value in entry["gates"]]
+    assert "gates" not in run_plots(report)
+
+
 def test_a_plot_shows_the_numbers_it_is_given():
     svg = perplexity_bars({"dense": 10.0, "cut": 4321.5, "pruned": None})
     assert "10.00" in svg

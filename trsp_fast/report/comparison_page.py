@@ -10,6 +10,7 @@ from trsp_fast.report.comparison import by_amount, sentences, summaries, table_h
 from trsp_fast.report.html import settings, template
 from trsp_fast.report.plots import (
     gates_by_step,
+    have_moved,
     quality_by_removed,
     quality_by_seconds,
     similarity_by_layer,
@@ -60,7 +61,7 @@ def plots(values: dict[str, Any]) -> list[Plot]:
             (row["layers"] for row in rows if (row["arm"], str(row["removed"])) == (arm, removed)), []
         )
         name = re.sub(r"\W", "-", key)
-        if evidence["gates"] and arm in ("trsp", "trsp-paper"):
+        if have_moved(evidence["gates"] or []) and arm in ("trsp", "trsp-paper"):
             caption = f"Gates over the steps of stage 1, {arm}, {removed} layers"
             drawn.append(Plot(f"gates-{name}", caption, gates_by_step(evidence["gates"], gone, name)))
         if arm in ("trsp", "trsp-paper", "lm-then-cut"):

@@ -104,6 +104,11 @@ def strips(found: Sequence[Summary], layers: int) -> str:
     return result[0]
 
 
+def have_moved(gates: Sequence[Sequence[float | None]]) -> bool:
+    """Whether there is anything to draw: with one step a round every gate is told before its only step, at 1."""
+    return any(value not in (None, 1.0) for step in gates for value in step)
+
+
 def gates_by_step(
     gates: Sequence[Sequence[float | None]],
     removed: Sequence[int],

@@ -6,7 +6,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trsp_fast.report.plots import COLOURS, INK, figure, gates_by_step, legend, similarity_by_layer, whole_steps
+from trsp_fast.report.plots import (
+    COLOURS,
+    INK,
+    figure,
+    gates_by_step,
+    have_moved,
+    legend,
+    similarity_by_layer,
+    whole_steps,
+)
 
 PERPLEXITIES = {
     "dense": "as it came",
@@ -24,13 +33,13 @@ def run_plots(report: dict[str, Any]) -> dict[str, Markup]:
     """
     removed = report["removed_layers"]
     gates = report["selection"].get("gates") or []
+    values = [entry["gates"] for entry in gates]
     steps, similarity = report["transfer"], report.get("similarity") or {}
     drawn: dict[str, str] = {}
     if any(report["perplexity"].get(name) for name in PERPLEXITIES):
         drawn["perplexity"] = perplexity_bars(report["perplexity"])
-    if len(gates) > 1:
-        numbers = [entry["step"] + 1 for entry in gates]
-        drawn["gates"] = gates_by_step([entry["gates"] for entry in gates], removed, "run", numbers)
+    if len(gates) > 1 and have_moved(values):
+        drawn["gates"] = gates_by_step(values, removed, "run", [entry["step"] + 1 for entry in gates])
     if len(steps) > 1:
         drawn["losses"] = losses_by_step(steps)
         if any(_known(_distances(steps, layer)) for layer in removed):

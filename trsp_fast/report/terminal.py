@@ -159,6 +159,12 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
     return None
 
 
+def _judged(entry: dict[str, Any]) -> str:
+    """By the race that chose the layer; nothing where the gate did."""
+    found = entry.get("judged", {}).get(str(entry["layer"]))
+    return f"{found['loss']:.3f}, {found['windows']} windows" if isinstance(found, dict) else ""
+
+
 def print_result(report: dict[str, Any], out: Path) -> None:
     """The run's table: layers and gates, perplexity, size, speed, proof, and where the checkpoint is."""
     rows = [(text, figure_text(report["perplexity"].get(name))) for name, text in _PERPLEXITIES.items()]
@@ -166,8 +172,8 @@ def print_result(report: dict[str, Any], out: Path) -> None:
     print_table(("perplexity", ""), [row for row in rows if row[1] != figure_text(None)])
     rounds = [entry for entry in report["selection"]["rounds"] if "gate" in entry]
     if rounds:
-        chosen = [(str(e["layer"]), figure_text(e["gate"], 4), f"{e['curvature']:.1e}") for e in rounds]
-        print_table(("removed layer", "gate when chosen", "curvature"), chosen)
+        chosen = [(str(e["layer"]), figure_text(e["gate"], 4), f"{e['curvature']:.1e}", _judged(e)) for e in rounds]
+        print_table(("removed layer", "gate when chosen", "curvature", "loss without it"), chosen)
     speed, size = report["speed"], report["weight_bytes"]
     parameters = report["parameters"]
     print_table(

@@ -174,6 +174,7 @@ def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, Stand
             "gate": float(gates.values[layer].detach()),
             "curvature": float(learning.curvature[layer]),
             "judged": judged,
+            "folded": sorted(stand_ins),
             "gates": by_layer(learning.alive, gates.values.tolist()),
             "curvatures": by_layer(learning.alive, learning.curvature.tolist()),
         }
