@@ -12,10 +12,13 @@ from zoo import build
 from trsp_fast.config import TRSPConfig
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.session import Session
 from trsp_fast.engine.teacher import InputTap
+from trsp_fast.errors import Interrupted
 from trsp_fast.fold import projections
 from trsp_fast.models.gates import bypassed
 from trsp_fast.run.events import Events
+from trsp_fast.run.state import Keeper, StateStore, Stop
 from trsp_fast.select import choose_layers, race, stand_in
 from trsp_fast.select.sleb import judge_layers, plain_by_window
 from trsp_fast.select.stand_in import StandIns
@@ -34,9 +37,12 @@ def untouched(model, before):
     return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
-def test_the_change_is_ridge_regression_on_what_the_layer_did(tokens, family):
-    """Layer 3 is gone already: layer 4 stands on layer 2, and what it did reaches to layer 5."""
+@pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("gpt2", 1.0), ("phi", 1.0), ("granite", 0.5)])
+def test_the_change_is_ridge_regression_on_what_the_layer_did(tokens, family, share):
+    """Layer 3 is gone already: layer 4 stands on layer 2, and what it did reaches to layer 5.
+
+    A layer may hand on a share of what its projection gives.
+    """
     model = build(family).double() if family != "llama" else tiny_llama(8).double()
     module, seen = projections(model, tokens[:1])[2], {}
     with bypassed(model, [3]):
@@ -48,7 +54,7 @@ def test_the_change_is_ridge_regression_on_what_the_layer_did(tokens, family):
         h = seen["h"]
         if module.bias is not None:
             h = torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
-        expected = by_hand(h, did)
+        expected = by_hand(h * share, did)
         made = StandIns(model, tokens, Group()).of([1, 4])
     assert set(made) == {1, 4}
     assert made[4].below == 2
@@ -159,6 +165,20 @@ def test_each_round_takes_the_best_folded_one_on_the_model_that_the_last_one_lef
     cut = choose_layers(llama, tokens, settings(judge="cut"))
     assert cut.rounds[0]["judged"] != selection.rounds[0]["judged"]
     assert cut.window_forwards < selection.window_forwards
+
+
+def test_a_resumed_choice_goes_on_with_what_stood_for_the_layers_that_went(llama, tokens, tmp_path):
+    config, before = settings(judge="fold"), weights(llama)
+    want = choose_layers(llama, tokens, config)
+    stop = Stop()
+    events = Events(lambda kind, _values: setattr(stop, "code", 143) if kind == "round" else None)
+    with pytest.raises(Interrupted):
+        choose_layers(llama, tokens, config, session=Session(events, keeper=Keeper(StateStore(tmp_path), stop=stop)))
+    assert untouched(llama, before)
+    resumed = Session(Events(), keeper=Keeper(StateStore(tmp_path)))
+    found = choose_layers(llama, tokens, config, session=resumed)
+    assert (found.layers, found.rounds, found.window_forwards) == (want.layers, want.rounds, want.window_forwards)
+    assert untouched(llama, before)
 
 
 def test_where_weights_cannot_change_the_cut_is_judged_and_a_note_says_so(llama, tokens):
