@@ -25,17 +25,26 @@ def test_a_fold_counts_two_passes_of_the_shorter_model_and_one_of_the_untouched(
 
 
 @pytest.mark.parametrize(
-    ("shortlist", "judge", "raced"),
-    [(0, "fold", 0.0), (4, "cut", 8 * 4 * 0.55 + 24), (4, "fold", 24 + 8 * 4 * 0.55 + 24)],
+    ("shortlist", "judge", "raced", "looked"),
+    [
+        (0, "fold", 0.0, 0.0),
+        (4, "cut", 8 * 4 * 0.55 + 24, 3 * 24 * 0.55),
+        (4, "fold", 12 + 8 * 4 * 0.55 + 12, 2 * 12 + 3 * 12 * 0.55),
+    ],
 )
-def test_a_round_counts_its_steps_and_its_race(monkeypatch, shortlist, judge, raced):
-    """Rounds of 6 and 5 layers, each its share of the weights; the shortlist first on 8 of the 24 windows."""
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_round_counts_its_steps_and_its_race(monkeypatch, shortlist, judge, raced, looked, exchange):
+    """Rounds of 6 and 5 layers, each its share of the weights; the shortlist first on 8 of the windows.
+
+    A fold is fitted to half of the 24 windows, and the second look at the first choice fits both again.
+    """
     monkeypatch.setattr(plan, "_seconds_of_a_window", lambda *_: SECOND)
     monkeypatch.setattr(plan, "_seconds_per_step", lambda *_: 10.0)
     monkeypatch.setattr(plan, "_share", lambda _, alive: alive / 6)
     tokens = torch.randint(0, 97, (24, 16), generator=torch.Generator().manual_seed(0))
-    select = {"shortlist": shortlist, "judge": judge, "steps_per_round": 3}
+    select = {"shortlist": shortlist, "judge": judge, "steps_per_round": 3, "exchange": exchange}
     config = TRSPConfig.from_dict({"num_layers": 2, "select": select, "transfer": {"epochs": 0, "fold": "none"}})
     found = plan.forecast(tiny_llama(6), tokens, config)
-    assert found.seconds["stage 1"] == pytest.approx((1 + 5 / 6) * (3 * 10.0 + raced * SECOND), abs=0.06)
+    rounds = (1 + 5 / 6) * (3 * 10.0 + raced * SECOND)
+    assert found.seconds["stage 1"] == pytest.approx(rounds + (5 / 6 * looked * SECOND if exchange else 0.0), abs=0.06)
     assert found.steps["stage 1"] == 6

@@ -24,12 +24,13 @@ from trsp_fast.run.state import KEPT
 from trsp_fast.select import choose_layers
 from trsp_fast.select.contract import candidates
 from trsp_fast.select.race import FIRST
-from trsp_fast.select.stand_in import WINDOWS as FITTED
+from trsp_fast.select.stand_in import fitted_windows
 from trsp_fast.select.trsp import BATCH
 from trsp_fast.transfer import require_room, trained_weights, transfer
 
 PROBED = 3  # steps of each kind; the first one is slower and does not count
 PROBED_WINDOWS = 16  # of the evaluation, to know a forward pass
+CLOSE = 3  # in a second look at an earlier choice: the layer itself and about two that were close to being chosen
 PIECE = 0.55  # of a pass that a bypassed candidate takes, where what lies below it ran once for all
 
 
@@ -151,10 +152,16 @@ def _stage_1(
     step = _seconds_per_step(
         "select_step", "stage 1", plans, lambda session: choose_layers(model, tokens, config, session=session)
     )
-    fitted = min(len(tokens), FITTED) if settings.judge == "fold" else 0
-    work = [step * per_round + forward * _raced(len(tokens), min(settings.shortlist, n), fitted) for n in alive]
+    fitted = fitted_windows(len(tokens)) if settings.judge == "fold" else 0
+    work = [
+        step * per_round + forward * _raced(len(tokens) - fitted, min(settings.shortlist, n), fitted) for n in alive
+    ]
     shares = [_share(model, number) for number in alive]
-    return sum(share * one for share, one in zip(shares, work, strict=True)), per_round * len(alive)
+    seconds = sum(share * one for share, one in zip(shares, work, strict=True))
+    if settings.exchange and settings.shortlist > 1 and settings.schedule == "iterative":
+        looks = (count - 1) * (fitted * count + CLOSE * PIECE * (len(tokens) - fitted))
+        seconds += shares[-1] * forward * looks
+    return seconds, per_round * len(alive)
 
 
 def _raced(windows: int, candidates: int, fitted: int) -> float:

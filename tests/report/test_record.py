@@ -21,6 +21,7 @@ from trsp_fast.report.html import write_report
 from trsp_fast.report.origin import front_matter, origin
 from trsp_fast.report.record import POINTS, _plain, thinned
 from trsp_fast.report.run_plots import perplexity_bars, run_plots
+from trsp_fast.report.terminal import print_result
 from trsp_fast.select.shortgpt import block_influence
 
 CARD = "---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE\nlanguage: en\n---\n# A model\n"
@@ -42,7 +43,7 @@ def run(tmp_path_factory, tokens):
         "preset": "two-stage",
         "num_layers": 2,
         "data": {"batch": 4},
-        "select": {"steps_per_round": 2},
+        "select": {"steps_per_round": 2, "exchange": False},
         "transfer": {"epochs": 2, "noise": 0.1},
     }
     about = {"data": "text.txt", "evaluation_data": "the rest", "command": "trsp-fast prune `x` --num-layers 2"}
@@ -104,6 +105,27 @@ def test_the_page_tells_what_the_race_of_each_round_found(run, tmp_path):
     one = folded["selection"]["rounds"][0]["judged"]
     assert f"{one['0']['loss']:.3f}* ({one['0']['windows']})" in text
     assert f"{one['1']['loss']:.3f} ({one['1']['windows']})" in text
+
+
+def test_an_exchange_is_told(run, tmp_path, capsys):
+    report = json.loads(json.dumps(run[1].report))
+    first, second = report["selection"]["rounds"][:2]
+    close = next(layer for layer in first["judged"] if int(layer) not in report["removed_layers"])
+    look = {name: first[name] for name in ("judged", "folded", "close")}
+    looks = [
+        {"round": 2, "layer": int(close), "instead_of": first["layer"], **look},
+        {"round": 3, "layer": second["layer"], "instead_of": second["layer"], **look},
+    ]
+    report["selection"]["rounds"] += looks
+    write_report(report, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert f"<td>{close} instead of {first['layer']}</td>" in text
+    assert f"<td>{second['layer']} again</td>" in text
+    assert "each earlier choice was raced once more" in text
+    assert text.count(f"<td>{first['layer']}</td>") == 2  # the race's table and the gates'
+    print_result(report, tmp_path)
+    assert f"{first['layer']}, then {close} instead" in capsys.readouterr().out
+    assert "raced once more" not in (run[2] / "report.html").read_text()
 
 
 def test_gates_that_are_told_before_their_only_step_are_not_drawn(run):

@@ -136,6 +136,8 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
     if kind == "round":
         gate = f", gate {values['gate']:.4f}" if "gate" in values else ""
         return f"  round {values['round'] + 1}: layer {values['layer']}{gate}"
+    if kind == "exchange" and values["layer"] != values["instead_of"]:
+        return f"  now that the others are gone: layer {values['layer']} instead of {values['instead_of']}"
     if kind == "folded" and values["layers"]:
         last = values["layers"][-1]
         change = f"distance behind layer {last['layer']}: {last['before']:.3f} -> {last['after']:.3f}"
@@ -165,14 +167,25 @@ def _judged(entry: dict[str, Any]) -> str:
     return f"{found['loss']:.3f}, {found['windows']} windows" if isinstance(found, dict) else ""
 
 
+def _chosen(rounds: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row a round; a layer that the second look took back has the one that went for it beside it."""
+    looks = {entry["instead_of"]: entry["layer"] for entry in rounds if "instead_of" in entry}
+    rows = []
+    for entry in rounds:
+        if "gate" in entry:
+            layer = entry["layer"]
+            last = looks.get(layer, layer)
+            name = str(layer) if last == layer else f"{layer}, then {last} instead"
+            rows.append((name, figure_text(entry["gate"], 4), f"{entry['curvature']:.1e}", _judged(entry)))
+    return rows
+
+
 def print_result(report: dict[str, Any], out: Path) -> None:
     """The run's table: layers and gates, perplexity, size, speed, proof, and where the checkpoint is."""
     rows = [(text, figure_text(report["perplexity"].get(name))) for name, text in _PERPLEXITIES.items()]
     console = Console()
     print_table(("perplexity", ""), [row for row in rows if row[1] != figure_text(None)])
-    rounds = [entry for entry in report["selection"]["rounds"] if "gate" in entry]
-    if rounds:
-        chosen = [(str(e["layer"]), figure_text(e["gate"], 4), f"{e['curvature']:.1e}", _judged(e)) for e in rounds]
+    if chosen := _chosen(report["selection"]["rounds"]):
         print_table(("removed layer", "gate when chosen", "curvature", "loss without it"), chosen)
     speed, size = report["speed"], report["weight_bytes"]
     parameters = report["parameters"]

@@ -13,7 +13,8 @@ from trsp_fast.models.families import fixed_layers, layer_stack
 class Selection:
     """Layers in the order of choice, with the evidence.
 
-    history: one entry per step or candidate. rounds: one entry per chosen layer, where a method has rounds.
+    history: one entry per step or candidate. rounds: one entry per chosen layer, where a method has rounds, and then
+        one per earlier choice that was looked at again (`instead_of`).
     window_forwards: the cost; one forward pass of one window counts 1, a backward pass 2.
     """
 

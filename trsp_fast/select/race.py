@@ -27,10 +27,12 @@ REACH = 2.0  # standard errors of the paired difference to the worst of those th
 class Race:
     """Candidates from best to worst by their mean loss: those that ran further first, those that overflowed last.
 
-    losses: float64 by candidate, one per window that it was tried on. cost: in forward passes of one window.
+    losses: float64 by candidate, one per window that it was tried on. close: those within reach to the end, the winners
+        among them. cost: in forward passes of one window.
     """
 
     losses: dict[int, Tensor] = field(default_factory=dict)
+    close: list[int] = field(default_factory=list)
     cost: float = 0.0
 
     @property
@@ -57,13 +59,13 @@ def race(
         tokens: calibration windows, int64 `[samples, seq]`; the more they are, the closer candidates are told apart.
         group: its processes share the windows of each heat; all get the same result.
     """
-    found, running = Race(), list(layers)
+    found = Race(close=list(layers))
     for windows in heats(len(tokens)):
-        heat = _heat(model, tokens[windows], running, group, stand_ins, found)
-        for layer, losses in zip(running, heat.unbind(1), strict=True):
+        heat = _heat(model, tokens[windows], found.close, group, stand_ins, found)
+        for layer, losses in zip(found.close, heat.unbind(1), strict=True):
             found.losses[layer] = torch.cat([found.losses.get(layer, losses[:0]), losses])
-        running = within_reach({layer: found.losses[layer] for layer in running}, wanted)
-        if len(running) == wanted:
+        found.close = within_reach({layer: found.losses[layer] for layer in found.close}, wanted)
+        if len(found.close) == wanted:
             break
     return found
 

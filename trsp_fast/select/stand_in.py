@@ -36,7 +36,7 @@ from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.prefix import Prefix
 
-WINDOWS = 32  # that the changes are fitted to
+WINDOWS = 32  # at most that the changes are fitted to, and not more than half
 SUMS_SHARE = 0.25  # of the free memory that the sums of several layers may take
 
 
@@ -72,7 +72,8 @@ class _Place(NamedTuple):
 class StandIns:
     """Makes them, and counts what that takes.
 
-    cost: in forward passes of one window, all processes together.
+    others: the windows that no change is fitted to, to judge candidates by: on its own ones a fold looks better than it
+        is, and most so where it has most to fit. cost: in forward passes of one window, all processes together.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, group: Group) -> None:
@@ -80,13 +81,15 @@ class StandIns:
 
         Args:
             model: with no layer bypassed.
-            tokens: calibration windows, int64 `[samples, seq]`, of which `WINDOWS` are taken, evenly spread.
+            tokens: calibration windows, int64 `[samples, seq]`, of which some are taken, evenly spread.
         """
         self.model, self.group, self.cost = model, group, float(group.size)
-        count = min(WINDOWS, len(tokens))
-        self.tokens = tokens[torch.arange(count) * len(tokens) // count]
+        count = fitted_windows(len(tokens))
+        taken = torch.zeros(len(tokens), dtype=torch.bool)
+        taken[torch.arange(count) * len(tokens) // max(1, count)] = True
+        self.tokens, self.others = tokens[taken], tokens[~taken]
         self.device, self.stack = next(model.parameters()).device, layer_stack(model)
-        window, prefix = self.tokens[:1].to(self.device), Prefix(model)
+        window, prefix = tokens[:1].to(self.device), Prefix(model)
         found = projections(model, window)
         owners = Counter(id(parameter) for module in found.values() for parameter in module.parameters())
         self._places: dict[int, _Place] = {}
@@ -100,7 +103,8 @@ class StandIns:
     def obstacle(self) -> str | None:
         """Why no layer can have one."""
         if len(self.tokens) < VALIDATION:
-            return f"every {VALIDATION}th window judges the fold, and there are {len(self.tokens)}"
+            wanted, found = 2 * VALIDATION, len(self.tokens) + len(self.others)
+            return f"that takes {wanted} windows, one half to fit and one to judge, and there are {found}"
         return None if self._places else "no layer ends with a projection of its own that is added to the states"
 
     @torch.no_grad()
@@ -174,6 +178,11 @@ class StandIns:
         self.cost += len(self.tokens)
         self.group.sum([tensor for pair in sums.values() for some in pair for tensor in (some.a, some.b, some.c)])
         return sums
+
+
+def fitted_windows(samples: int) -> int:
+    """Of `samples`."""
+    return min(WINDOWS, samples // 2)
 
 
 def _taker(taken: dict[int, Tensor], layer: int) -> Any:

@@ -21,6 +21,7 @@ from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.recompute import recomputed
 from trsp_fast.select.contract import Selection, candidates
+from trsp_fast.select.exchange import exchange
 from trsp_fast.select.gate_learning import (
     Learning,
     begin_or_resume,
@@ -30,8 +31,9 @@ from trsp_fast.select.gate_learning import (
     state_bytes,
     state_of,
 )
-from trsp_fast.select.race import race
-from trsp_fast.select.stand_in import StandIn, StandIns
+from trsp_fast.select.race import Race
+from trsp_fast.select.shortlist import bypass_with_stand_ins, make_stand_ins, raced, told
+from trsp_fast.select.stand_in import StandIn
 
 BATCH = 16  # windows a step by default: the second moment needs several sequences at once
 JUMP_WINDOWS = 32  # calibration windows on which the loss with and without trained gates is told
@@ -81,7 +83,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
         with masters.autocast:
             learning.loss = session.loss(model, window, reproducible=config.run.deterministic)
         with gates.neutral():
-            learning.stand_ins = _stand_ins(learning, config)
+            learning.stand_ins = make_stand_ins(learning, config)
         learning.cost = 0 if learning.stand_ins is None else math.ceil(learning.stand_ins.cost)
         memory = session.plan("select", batch * tokens.shape[1], lambda: plan_of(learning, batch))
         if config.run.compile and config.run.offload == "none":
@@ -90,58 +92,31 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             session.events.note("run.compile is for stage 2 only here: streamed layers are not compiled.")
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
-        _stand_in_again(learning, during)
+        standing = during.enter_context(ExitStack())
+        if 0 < len(learning.chosen) < count:  # of a resumed run: each was fitted before the next one went
+            gates.restore(learning.chosen)
+            bypass_with_stand_ins(learning, learning.chosen, standing)
         while (missing := count - len(learning.chosen)) > 0:
             learn_round(learning)
-            _remove(learning, *_lowest(learning, missing if settings.schedule == "oneshot" else 1), during)
+            _remove(learning, *_lowest(learning, missing if settings.schedule == "oneshot" else 1), standing)
             session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
+        standing.close()
+        if settings.exchange and settings.shortlist > 1 and settings.schedule == "iterative":
+            exchange(learning)
         if settings.train_weights:
             _discard_gates(learning)
     return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
 
 
-def _stand_ins(learning: Learning, config: TRSPConfig) -> StandIns | None:
-    """None where candidates are judged by their cut: where that is asked for, or where no weight may change."""
-    settings, session = config.select, learning.session
-    if settings.judge == "cut" or settings.shortlist < 2:
-        return None
-    obstacles = {
-        "all weights are trained": settings.train_weights,
-        "the layers' weights are in host memory": config.run.offload != "none",
-        "their weights are divided": session.group.sharded,
-    }
-    reason, stand_ins = next((reason for reason, applies in obstacles.items() if applies), None), None
-    if reason is None:
-        stand_ins = StandIns(learning.model, learning.tokens, session.group)
-        reason = stand_ins.obstacle()
-    if reason:
-        session.events.note(f"the layers to choose from are judged by their cut, not by their fold: {reason}.")
-        return None
-    return stand_ins
-
-
-def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], during: ExitStack) -> None:
+def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], standing: ExitStack) -> None:
     """Bypass what the round has chosen; the next one begins, on a model that has its stand-in until stage 1 ends."""
     layers = learning.session.group.agree(layers)
     if len(learning.chosen) + len(layers) < learning.count and layers[0] in stand_ins:
-        during.enter_context(stand_ins[layers[0]].in_place())
+        standing.enter_context(stand_ins[layers[0]].in_place())
     learning.chosen = [*learning.chosen, *layers]
     learning.alive = [layer for layer in learning.alive if layer not in layers]
     learning.gates.bypass(layers)
     learning.index, learning.done = learning.index + 1, 0
-
-
-def _stand_in_again(learning: Learning, during: ExitStack) -> None:
-    """What stood for the layers that a resumed run has chosen already: each was fitted before the next one went."""
-    if learning.stand_ins is None or not learning.chosen:
-        return
-    gates = learning.gates
-    gates.restore(learning.chosen)
-    for layer in learning.chosen:
-        with gates.neutral():
-            if stand_in := learning.stand_ins.of([layer]).get(layer):
-                during.enter_context(stand_in.in_place())
-        gates.bypass([layer])
 
 
 def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, StandIn]]:
@@ -152,20 +127,9 @@ def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, Stand
     gates, settings = learning.gates, learning.config
     score = learning.curvature if settings.rank == "fisher" else gates.values.detach().abs()
     ranked = sorted(learning.alive, key=lambda layer: float(score[layer]))
-    judged: dict[int, dict[str, float]] = {}
-    stand_ins: dict[int, StandIn] = {}
+    found, stand_ins = Race(), dict[int, StandIn]()
     if settings.shortlist > 1:
-        short = ranked[: max(settings.shortlist, wanted)]
-        with gates.neutral():
-            if learning.stand_ins is not None:
-                before = learning.stand_ins.cost
-                stand_ins = learning.stand_ins.of(short)
-                learning.cost += math.ceil(learning.stand_ins.cost - before)
-            found = race(learning.model, learning.tokens, short, wanted, learning.session.group, stand_ins)
-        learning.cost += math.ceil(found.cost)
-        judged = {
-            layer: {"loss": float(losses.mean()), "windows": len(losses)} for layer, losses in found.losses.items()
-        }
+        found, stand_ins = raced(learning, ranked[: max(settings.shortlist, wanted)], wanted)
         ranked = found.ranked
     for layer in ranked[:wanted]:
         entry = {
@@ -173,8 +137,7 @@ def _lowest(learning: Learning, wanted: int) -> tuple[list[int], dict[int, Stand
             "layer": layer,
             "gate": float(gates.values[layer].detach()),
             "curvature": float(learning.curvature[layer]),
-            "judged": judged,
-            "folded": sorted(stand_ins),
+            **told(found, stand_ins),
             "gates": by_layer(learning.alive, gates.values.tolist()),
             "curvatures": by_layer(learning.alive, learning.curvature.tolist()),
         }

@@ -1,0 +1,117 @@
+"""The second look at earlier choices, against the same written out on copies of the model."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from trsp_fast.config import TRSPConfig
+from trsp_fast.engine.distributed import Group
+from trsp_fast.engine.objective import mean_loss
+from trsp_fast.engine.session import Session
+from trsp_fast.errors import Interrupted
+from trsp_fast.models.gates import bypassed
+from trsp_fast.run.events import Events
+from trsp_fast.run.state import Keeper, StateStore, Stop
+from trsp_fast.select import choose_layers, race
+from trsp_fast.select.stand_in import StandIns
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 90, (16, 24), generator=torch.Generator().manual_seed(1))
+
+
+def regretful(judge):
+    """7 layers of large random weights, where both earlier choices are taken back once the others are gone."""
+    model, generator = tiny_llama(7), torch.Generator().manual_seed({"cut": 12, "fold": 6}[judge])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.16)
+    return model.eval()
+
+
+def settings(**select):
+    select = {"steps_per_round": 1, "shortlist": 16, **select}
+    return TRSPConfig.from_dict({"num_layers": 3, "data": {"batch": 4}, "select": select})
+
+
+def loss_without(model, tokens, others, layer, judge):
+    """Of `layer` judged last, the others gone in their order, each folded as it was when it went."""
+    model, gone, judging = copy.deepcopy(model), [], tokens
+    for one in [*others, layer]:
+        if judge == "fold":
+            judging = tokens[1::2]
+            with bypassed(model, gone):
+                made = StandIns(model, tokens, Group()).of([one])
+            for stand_in in made.values():
+                model.model.layers[stand_in.below].mlp.down_proj.weight.data += stand_in.change.amounts[0]
+        gone.append(one)
+    with bypassed(model, gone):
+        return mean_loss(model, judging)
+
+
+@pytest.mark.parametrize("judge", ["cut", "fold"])
+def test_each_earlier_choice_is_raced_again_with_the_others_gone(tokens, judge, monkeypatch):
+    monkeypatch.setattr(race, "REACH", 1e9)  # all candidates on all windows: all are close
+    model = regretful(judge)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    greedy = choose_layers(model, tokens, settings(judge=judge, exchange=False))
+    wanted = list(greedy.layers)
+    for position in range(2):
+        others = [layer for layer in wanted if layer != wanted[position]]
+        losses = {layer: loss_without(model, tokens, others, layer, judge) for layer in range(7) if layer not in others}
+        wanted[position] = min(losses, key=losses.get)
+    assert all(layer != old for layer, old in zip(wanted[:2], greedy.layers[:2], strict=True))
+    found = choose_layers(model, tokens, settings(judge=judge))
+    assert found.layers == wanted
+    looks = [entry for entry in found.rounds if "instead_of" in entry]
+    assert [entry["instead_of"] for entry in looks] == greedy.layers[:2]
+    assert [entry["layer"] for entry in looks] == wanted[:2]
+    assert looks[1]["judged"][wanted[1]]["loss"] == pytest.approx(losses[wanted[1]], rel=1e-6)
+    assert found.rounds[:3] == greedy.rounds
+    assert found.window_forwards > greedy.window_forwards
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("judge", ["cut", "fold"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_look_goes_on_where_it_was(tokens, judge, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "REACH", 1e9)
+    model, config = regretful(judge), settings(judge=judge)
+    want, stop, looks = choose_layers(model, tokens, config), Stop(), []
+
+    def listen(kind, _values):
+        if kind == "exchange":
+            looks.append(kind)
+            if len(looks) == after:
+                stop.code = 143
+
+    with pytest.raises(Interrupted):
+        choose_layers(
+            model, tokens, config, session=Session(Events(listen), keeper=Keeper(StateStore(tmp_path), stop=stop))
+        )
+    assert len(looks) == after
+    again = []
+    events = Events(lambda kind, _values: again.append(kind))
+    found = choose_layers(model, tokens, config, session=Session(events, keeper=Keeper(StateStore(tmp_path))))
+    assert (found.layers, found.rounds, found.window_forwards) == (want.layers, want.rounds, want.window_forwards)
+    assert again.count("exchange") == 2 - after
+    assert again.count("round") == again.count("select_step") == 0
+
+
+def test_only_those_within_reach_come_back(tokens, monkeypatch):
+    model = regretful("cut")
+    monkeypatch.setattr(race, "REACH", -1e9)  # nobody is: no look takes anything
+    found = choose_layers(model, tokens, settings(judge="cut"))
+    assert all(entry["close"] == [entry["layer"]] for entry in found.rounds)
+    assert len(found.rounds) == 3
+
+
+@pytest.mark.parametrize("select", [{"schedule": "oneshot"}, {"shortlist": 0}, {"exchange": False}])
+def test_where_there_are_no_looks(tokens, select, monkeypatch):
+    monkeypatch.setattr(race, "REACH", 1e9)
+    found = choose_layers(regretful("cut"), tokens, settings(**select))
+    assert not [entry for entry in found.rounds if "instead_of" in entry]
