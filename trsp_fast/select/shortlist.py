@@ -32,7 +32,7 @@ def make_stand_ins(learning: Learning, config: TRSPConfig) -> StandIns | None:
 
 
 def bypass_with_stand_ins(learning: Learning, layers: Sequence[int], during: ExitStack) -> None:
-    """Bypass `layers`, in this order, each with what stands for it until `during` ends, fitted while the next are on."""
+    """Bypass `layers` in this order; what stands for each, fitted while the next are on, stays until `during` ends."""
     gates = learning.gates
     for layer in layers:
         if learning.stand_ins is not None:
