@@ -8,8 +8,9 @@ measurement.
 import math
 from dataclasses import dataclass
 
-from trsp_fast.plan import PIECE
+from trsp_fast.plan import CLOSE, LOOKS, PIECE
 from trsp_fast.select.race import FIRST
+from trsp_fast.select.stand_in import fitted_windows
 
 FP32 = 4
 GRADIENT, MOMENTS = FP32, 2 * FP32  # of each trained weight; AdamW has two moments
@@ -94,13 +95,17 @@ def flops(model: Model, processes: int, divided: bool = False) -> tuple[float, f
 
     Per token and parameter 2 for a forward pass, 2 for the gradient of activations and 2 for that of weights. Stage 1
     has frozen weights: 4, and 2 for its races, a shortlist on a few windows and two layers on all of them, of which
-    what lies below a candidate runs once. Stage 2: 6, and 2 for the teacher. With divided weights every layer is
-    recomputed, 2 more in both, and races take whole passes.
+    what lies below a candidate runs once; for the second look, a few layers on all windows half as often; and for the
+    windows that folds are fitted to, once a round and a look, and once for each other layer that is folded anew there.
+    Stage 2: 6, and 2 for the teacher. With divided weights every layer is recomputed, 2 more in both, races take whole
+    passes, and nothing is folded.
     """
-    again, piece = (2, 1.0) if divided else (0, PIECE)
+    again, piece, fitted = (2, 1.0, 0) if divided else (0, PIECE, fitted_windows(SAMPLES))
     rounds = round(model.layers * SHARE)
+    judging, looks = SAMPLES - fitted, LOOKS * (rounds - 1)
     learned = rounds * STEPS_PER_ROUND * max(SELECT_BATCH, processes) * WINDOW
-    raced = piece * rounds * (SHORTLIST * FIRST + 2 * SAMPLES) * WINDOW
+    raced = piece * (rounds * (SHORTLIST * FIRST + 2 * judging) + looks * CLOSE * judging) * WINDOW
+    raced += fitted * (rounds + looks * (1 + rounds / 2)) * WINDOW
     trained = EPOCHS * SAMPLES * WINDOW
     return model.parameters * ((4 + again) * learned + 2 * raced), model.parameters * (8 + again) * trained
 
@@ -126,9 +131,10 @@ def hours(model: Model, processes: int, sent: float, divided: bool = False) -> t
     first, second = (work / (processes * FLOPS * USED) for work in flops(model, processes, divided))
     link = (NVLINK if processes <= GPUS_PER_NODE else NETWORK) * LINK_USED
     if divided:
-        passes = 2 * STEPS_PER_ROUND * -(-SELECT_BATCH // processes)
-        passes += SHORTLIST * -(-FIRST // processes // 16) + 2 * -(-SAMPLES // processes // 16)
-        first += round(model.layers * SHARE) * passes * (processes - 1) / processes * model.parameters * COMPUTE / link
+        rounds, heat = round(model.layers * SHARE), -(-SAMPLES // processes // 16)
+        passes = rounds * 2 * STEPS_PER_ROUND * -(-SELECT_BATCH // processes)
+        passes += rounds * (SHORTLIST * -(-FIRST // processes // 16) + 2 * heat) + LOOKS * (rounds - 1) * CLOSE * heat
+        first += passes * (processes - 1) / processes * model.parameters * COMPUTE / link
     return first / 3600, (second + transfer_steps(processes) * sent / link) / 3600
 
 

@@ -46,5 +46,7 @@ def test_a_round_counts_its_steps_and_its_race(monkeypatch, shortlist, judge, ra
     config = TRSPConfig.from_dict({"num_layers": 2, "select": select, "transfer": {"epochs": 0, "fold": "none"}})
     found = plan.forecast(tiny_llama(6), tokens, config)
     rounds = (1 + 5 / 6) * (3 * 10.0 + raced * SECOND)
-    assert found.seconds["stage 1"] == pytest.approx(rounds + (5 / 6 * looked * SECOND if exchange else 0.0), abs=0.06)
+    assert found.seconds["stage 1"] == pytest.approx(
+        rounds + (5 / 6 * 0.5 * looked * SECOND if exchange else 0.0), abs=0.06
+    )
     assert found.steps["stage 1"] == 6

@@ -12,7 +12,7 @@ import torch
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["killing", "tiny", "trsp_fast.pruner", "transformers.models.llama.modeling_llama"])
 
-# 7 windows in batches of 3: with two processes shares of 1 and 2, and the last batch's one row is the second one's
+# 10 windows in batches of 3: with two processes shares of 1 and 2, and the last batch's one row is the second one's
 SETTINGS = {
     "default": {
         "num_layers": 2,
@@ -26,7 +26,7 @@ SETTINGS = {
         "select": {"train_weights": True, "weights_lr": 1e-3, "steps_per_round": 3},
         "transfer": {"lr": 1e-3, "trainable": "neighbours"},
     },
-    # Stage 2 begins with a fold: window 3, which judges, is the second process's
+    # Stage 2 begins with a fold: of windows 3 and 7, which judge, each process has one
     "fold": {"num_layers": 2, "select": {"method": "shortgpt"}, "transfer": {"epochs": 1}},
     "sleb": {"num_layers": 1, "select": {"method": "sleb"}, "transfer": {"epochs": 0}},
 }
@@ -39,7 +39,7 @@ def settings(name: str, **changes) -> dict:
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 97, (7, 16), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 97, (10, 16), generator=torch.Generator().manual_seed(1))
 
 
 def pruned(name: str, **options):

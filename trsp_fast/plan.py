@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from trsp_fast.transfer import require_room, trained_weights, transfer
 
 PROBED = 3  # steps of each kind; the first one is slower and does not count
 PROBED_WINDOWS = 16  # of the evaluation, to know a forward pass
+LOOKS = 0.5  # of the earlier choices that are looked at again, at most on the models that were measured on the whole
 CLOSE = 3  # in a second look at an earlier choice: the layer itself and about two that were close to being chosen
 PIECE = 0.55  # of a pass that a bypassed candidate takes, where what lies below it ran once for all
 
@@ -149,8 +150,10 @@ def _stage_1(
         passes = known.get(settings.method, 0.0)
         return forward * len(tokens) * passes, 0
     per_round = settings.steps_per_round or math.ceil(len(tokens) / (config.data.batch or BATCH))
+    select = replace(settings, steps_per_round=PROBED + 1, shortlist=0)  # no race between the steps
+    probe = replace(config, select=select)
     step = _seconds_per_step(
-        "select_step", "stage 1", plans, lambda session: choose_layers(model, tokens, config, session=session)
+        "select_step", "stage 1", plans, lambda session: choose_layers(model, tokens, probe, session=session)
     )
     fitted = fitted_windows(len(tokens)) if settings.judge == "fold" else 0
     work = [
@@ -159,7 +162,7 @@ def _stage_1(
     shares = [_share(model, number) for number in alive]
     seconds = sum(share * one for share, one in zip(shares, work, strict=True))
     if settings.exchange and settings.shortlist > 1 and settings.schedule == "iterative":
-        looks = (count - 1) * (fitted * count + CLOSE * PIECE * (len(tokens) - fitted))
+        looks = LOOKS * (count - 1) * (fitted * count + CLOSE * PIECE * (len(tokens) - fitted))
         seconds += shares[-1] * forward * looks
     return seconds, per_round * len(alive)
 

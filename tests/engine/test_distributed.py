@@ -40,6 +40,12 @@ def test_two_processes_do_what_one_does(two, one, name):
         require_close(result["runs"][name], one[name])
 
 
+def test_among_what_they_do_are_folded_candidates_and_a_second_look(one):
+    rounds = one["default"]["rounds"]
+    assert rounds[0]["folded"]
+    assert "instead_of" in rounds[-1]
+
+
 @pytest.mark.parametrize("name", together.SETTINGS)
 def test_all_processes_have_the_same_bits(two, name):
     first, second = (result["runs"][name]["weights"] for result in two)
@@ -95,7 +101,7 @@ def test_a_wish_to_end_ends_all_after_the_same_step(two):
 
 def test_where_one_runs_out_of_memory_all_take_smaller_micro_batches(two, one):
     for result in two:
-        assert result["memory"]["micro_batches"] == ["1"] * 12
+        assert result["memory"]["micro_batches"] == ["1"] * 14
         require_close(result["memory"]["run"], one["default"])
 
 

@@ -113,8 +113,8 @@ def test_an_exchange_is_told(run, tmp_path, capsys):
     close = next(layer for layer in first["judged"] if int(layer) not in report["removed_layers"])
     look = {name: first[name] for name in ("judged", "folded", "close")}
     looks = [
-        {"round": 2, "layer": int(close), "instead_of": first["layer"], **look},
-        {"round": 3, "layer": second["layer"], "instead_of": second["layer"], **look},
+        {"position": 0, "layer": int(close), "instead_of": first["layer"], **look},
+        {"position": 1, "layer": second["layer"], "instead_of": second["layer"], **look},
     ]
     report["selection"]["rounds"] += looks
     write_report(report, tmp_path / "report.html")
@@ -124,7 +124,9 @@ def test_an_exchange_is_told(run, tmp_path, capsys):
     assert "each earlier choice was raced once more" in text
     assert text.count(f"<td>{first['layer']}</td>") == 2  # the race's table and the gates'
     print_result(report, tmp_path)
-    assert f"{first['layer']}, then {close} instead" in capsys.readouterr().out
+    found = first["judged"][close]
+    row = next(line for line in capsys.readouterr().out.splitlines() if f"{close}, for {first['layer']} that" in line)
+    assert f"{found['loss']:.3f}, {found['windows']} windows" in row
     assert "raced once more" not in (run[2] / "report.html").read_text()
 
 

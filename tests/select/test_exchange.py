@@ -14,7 +14,7 @@ from trsp_fast.errors import Interrupted
 from trsp_fast.models.gates import bypassed
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper, StateStore, Stop
-from trsp_fast.select import choose_layers, race
+from trsp_fast.select import choose_layers, race, trsp
 from trsp_fast.select.stand_in import StandIns
 
 
@@ -110,8 +110,33 @@ def test_only_those_within_reach_come_back(tokens, monkeypatch):
     assert len(found.rounds) == 3
 
 
+@pytest.mark.parametrize("reach", [0.5, 1.0])
+def test_a_choice_that_was_clear_is_not_looked_at_again(tokens, reach, monkeypatch):
+    monkeypatch.setattr(race, "REACH", reach)
+    found = choose_layers(regretful("cut"), tokens, settings(judge="cut"))
+    unclear = [entry["round"] for entry in found.rounds[:2] if len(entry["close"]) > 1]
+    assert [entry["position"] for entry in found.rounds[3:]] == unclear
+    assert unclear == ([0] if reach == 0.5 else [0, 1])
+
+
 @pytest.mark.parametrize("select", [{"schedule": "oneshot"}, {"shortlist": 0}, {"exchange": False}])
 def test_where_there_are_no_looks(tokens, select, monkeypatch):
     monkeypatch.setattr(race, "REACH", 1e9)
     found = choose_layers(regretful("cut"), tokens, settings(**select))
     assert not [entry for entry in found.rounds if "instead_of" in entry]
+
+
+@pytest.mark.parametrize("begun", [{"exchange": False}, {"schedule": "oneshot"}])
+def test_a_run_that_was_begun_with_other_settings_goes_on(tokens, begun, tmp_path, monkeypatch):
+    """As `--accept-changes` allows: of a version whose rounds do not say who was close, or all chosen in one round."""
+    stop = Stop()
+    events = Events(lambda kind, _values: setattr(stop, "code", 143) if kind == "round" else None)
+    with monkeypatch.context() as older, pytest.raises(Interrupted):
+        if "exchange" in begun:
+            older.setattr(trsp, "told", lambda *_: {"judged": {}, "folded": []})
+        session = Session(events, keeper=Keeper(StateStore(tmp_path), stop=stop))
+        choose_layers(regretful("cut"), tokens, settings(judge="cut", **begun), session=session)
+    session = Session(Events(), keeper=Keeper(StateStore(tmp_path)))
+    found = choose_layers(regretful("cut"), tokens, settings(judge="cut"), session=session)
+    assert len(set(found.layers)) == 3
+    assert len([entry for entry in found.rounds if "gate" in entry]) == 3

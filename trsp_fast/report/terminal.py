@@ -146,6 +146,8 @@ def _sentence(kind: str, values: dict[str, Any]) -> str | None:
         return f"layers to remove: {', '.join(map(str, values['layers']))}"
     if kind == "perplexity":
         return f"perplexity, {_PERPLEXITIES[values['of']]}: {figure_text(values['value'])}"
+    if kind == "resumed" and values.get("looking"):
+        return "going on with the second look at the layers that stage 1 has chosen"
     if kind == "resumed":
         place = f"round {values['round'] + 1} of stage 1" if values["stage"] == "select" else "stage 2"
         return f"going on with step {values['step'] + 1}, {place}"
@@ -168,15 +170,16 @@ def _judged(entry: dict[str, Any]) -> str:
 
 
 def _chosen(rounds: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row a round; a layer that the second look took back has the one that went for it beside it."""
-    looks = {entry["instead_of"]: entry["layer"] for entry in rounds if "instead_of" in entry}
-    rows = []
+    """A row a round; where the second look took a layer back, of the one that went for it."""
+    looks = {entry["instead_of"]: entry for entry in rounds if "instead_of" in entry}
+    rows: list[tuple[str, ...]] = []
     for entry in rounds:
         if "gate" in entry:
-            layer = entry["layer"]
-            last = looks.get(layer, layer)
-            name = str(layer) if last == layer else f"{layer}, then {last} instead"
-            rows.append((name, figure_text(entry["gate"], 4), f"{entry['curvature']:.1e}", _judged(entry)))
+            layer, last = entry["layer"], looks.get(entry["layer"], entry)
+            if last["layer"] == layer:
+                rows.append((str(layer), figure_text(entry["gate"], 4), f"{entry['curvature']:.1e}", _judged(entry)))
+            else:
+                rows.append((f"{last['layer']}, for {layer} that came back", "-", "-", _judged(last)))
     return rows
 
 

@@ -102,7 +102,8 @@ def begin_or_resume(learning: Learning) -> None:
         prefix = f"optimizer.{kind}."
         saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         load_optimizer_state(optimizer, _named(learning, kind), saved)
-    learning.session.events.emit("resumed", stage="select", round=learning.index, step=learning.done)
+    looking = len(learning.chosen) == learning.count
+    learning.session.events.emit("resumed", stage="select", round=learning.index, step=learning.done, looking=looking)
 
 
 def state_of(learning: Learning) -> State:

@@ -3,7 +3,7 @@
 Stage 2 begins with a fold (trsp_fast.fold), so that what a direct cut loses is not what is lost in the end: a layer may
 be missed a lot and be almost linear in what the layer below it has computed. With `select.judge` = fold a candidate is
 bypassed and folded into that one layer, which needs one pass of a few windows for all candidates. The change of a layer
-that was chosen stays until stage 1 ends: the next ones are judged, and gates learn, on a model that has it.
+that was chosen stays until its rounds end: the next ones are judged, and gates learn, on a model that has it.
 """
 
 from collections import Counter

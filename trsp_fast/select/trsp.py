@@ -109,7 +109,7 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
 
 
 def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], standing: ExitStack) -> None:
-    """Bypass what the round has chosen; the next one begins, on a model that has its stand-in until stage 1 ends."""
+    """Bypass what the round has chosen; the next one begins, on a model that has its stand-in until the last one."""
     layers = learning.session.group.agree(layers)
     if len(learning.chosen) + len(layers) < learning.count and layers[0] in stand_ins:
         standing.enter_context(stand_ins[layers[0]].in_place())
