@@ -131,11 +131,12 @@ def test_a_run_that_was_begun_with_other_settings_goes_on(tokens, begun, tmp_pat
     """As `--accept-changes` allows: of a version whose rounds do not say who was close, or all chosen in one round."""
     stop = Stop()
     events = Events(lambda kind, _values: setattr(stop, "code", 143) if kind == "round" else None)
-    with monkeypatch.context() as older, pytest.raises(Interrupted):
+    session = Session(events, keeper=Keeper(StateStore(tmp_path), stop=stop))
+    with monkeypatch.context() as older:
         if "exchange" in begun:
             older.setattr(trsp, "told", lambda *_: {"judged": {}, "folded": []})
-        session = Session(events, keeper=Keeper(StateStore(tmp_path), stop=stop))
-        choose_layers(regretful("cut"), tokens, settings(judge="cut", **begun), session=session)
+        with pytest.raises(Interrupted):
+            choose_layers(regretful("cut"), tokens, settings(judge="cut", **begun), session=session)
     session = Session(Events(), keeper=Keeper(StateStore(tmp_path)))
     found = choose_layers(regretful("cut"), tokens, settings(judge="cut"), session=session)
     assert len(set(found.layers)) == 3
