@@ -30,9 +30,9 @@ class SelectConfig:
         reach no further than they need (trsp_fast.select.race); 0 is the paper.
     judge: a candidate of the shortlist is bypassed (`cut`), or folded into the layer below it besides (`fold`), for
         what stage 2 mends at its start should not decide (trsp_fast.select.stand_in).
-    exchange: after the last round each chosen layer but the last, unless its race was clear, is raced once more, with
-        the others gone, against those that were close to being chosen (trsp_fast.select.exchange); with
-        `schedule=iterative` and a shortlist.
+    exchange: after the last round each chosen layer but the last, unless its race was clear and nothing has changed
+        since, is raced once more, with the others gone, against those that were close to being chosen
+        (trsp_fast.select.exchange); with `schedule=iterative` and a shortlist.
     train_weights: the model's weights learn together with the gates (the authors' code).
     samples: the choice is made on the first so many calibration windows; 0 is all of them.
     """

@@ -23,9 +23,16 @@ def tokens():
     return torch.randint(0, 90, (16, 24), generator=torch.Generator().manual_seed(1))
 
 
+REGRETFUL = {"cut": 12, "fold": 6}  # seeds where both earlier choices are taken back once the others are gone
+
+
 def regretful(judge):
-    """7 layers of large random weights, where both earlier choices are taken back once the others are gone."""
-    model, generator = tiny_llama(7), torch.Generator().manual_seed({"cut": 12, "fold": 6}[judge])
+    return of_large_weights(REGRETFUL[judge])
+
+
+def of_large_weights(seed):
+    """7 layers of which each changes a lot what the others do."""
+    model, generator = tiny_llama(7), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
@@ -110,13 +117,19 @@ def test_only_those_within_reach_come_back(tokens, monkeypatch):
     assert len(found.rounds) == 3
 
 
-@pytest.mark.parametrize("reach", [0.5, 1.0])
-def test_a_choice_that_was_clear_is_not_looked_at_again(tokens, reach, monkeypatch):
-    monkeypatch.setattr(race, "REACH", reach)
-    found = choose_layers(regretful("cut"), tokens, settings(judge="cut"))
-    unclear = [entry["round"] for entry in found.rounds[:2] if len(entry["close"]) > 1]
-    assert [entry["position"] for entry in found.rounds[3:]] == unclear
-    assert unclear == ([0] if reach == 0.5 else [0, 1])
+@pytest.mark.parametrize(
+    ("seed", "close", "looks"),
+    [
+        (2, [[0, 6], [3]], [(0, 6, 6)]),  # the second choice was clear
+        (12, [[3, 5], [5]], [(0, 3, 0), (1, 5, 5)]),  # but another layer has gone instead of the first one since
+        (6, [[2, 3], [1]], []),  # whoever was close was chosen later
+    ],
+)
+def test_a_clear_choice_is_looked_at_only_once_an_earlier_one_has_changed(tokens, seed, close, looks, monkeypatch):
+    monkeypatch.setattr(race, "REACH", 0.5)
+    found = choose_layers(of_large_weights(seed), tokens, settings(judge="cut"))
+    assert [entry["close"] for entry in found.rounds[:2]] == close
+    assert [(entry["position"], entry["instead_of"], entry["layer"]) for entry in found.rounds[3:]] == looks
 
 
 @pytest.mark.parametrize("select", [{"schedule": "oneshot"}, {"shortlist": 0}, {"exchange": False}])

@@ -1,9 +1,9 @@
 """A second look at what was chosen early: each layer went while those that went later were still there.
 
-Choosing one after the other cannot take anything back. So each chosen layer but the last, where its race was not clear,
-comes back once, alone, and is raced against those that were within reach in some round and were not chosen. Steps like
-these are known from experimental design (Fedorov, 1972) and from the choice of features (Pudil et al., Pattern
-Recognition Letters 1994).
+Choosing one after the other cannot take anything back. So each chosen layer but the last comes back once, alone, where
+its race was not clear or an earlier choice has changed since, and is raced against those that were within reach in some
+round and were not chosen. Steps like these are known from experimental design (Fedorov, 1972) and from the choice of
+features (Pudil et al., Pattern Recognition Letters 1994).
 """
 
 import itertools
@@ -17,20 +17,23 @@ from trsp_fast.select.shortlist import bypass_with_stand_ins, fits_counted, race
 def exchange(learning: Learning) -> None:
     """Look at all of them, or at those that an interrupted run had still to look at; `learning.chosen` changes."""
     gates, rounds = learning.gates, [entry for entry in learning.rounds if not _is_look(entry)]
-    before = list(itertools.takewhile(_is_look, reversed(learning.rounds)))
-    gone = before[0]["position"] if before else 0  # of a resumed run: those below were folded for its last look
-    first = gone + 1 if before else 0
-    positions = [one for one in range(first, learning.count - 1) if len(_within_reach(rounds[one])) > 1]
-    if not positions or not _close(learning):
+    looks = list(itertools.takewhile(_is_look, reversed(learning.rounds)))
+    gone = looks[0]["position"] if looks else 0  # of a resumed run: those below were folded for its last look
+    changed = any(look["layer"] != look["instead_of"] for look in looks)
+    positions = range(gone + 1 if looks else 0, learning.count - 1)
+    if not _close(learning) or not any(changed or _is_open(rounds[position]) for position in positions):
         return
     gates.restore(learning.chosen)
     with ExitStack() as standing:
         bypass_with_stand_ins(learning, learning.chosen[:gone], standing)
         for position in positions:
+            if not changed and not _is_open(rounds[position]):
+                continue
             with fits_counted(learning):
                 bypass_with_stand_ins(learning, learning.chosen[gone:position], standing)
-            gone = position
+            gone, old = position, learning.chosen[position]
             best = _best_at(learning, position)
+            changed = changed or best != old
             learning.chosen = [*learning.chosen[:position], best, *learning.chosen[position + 1 :]]
             learning.index += 1
             learning.session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
@@ -60,6 +63,11 @@ def _close(learning: Learning) -> list[int]:
 
 def _is_look(entry: dict[str, Any]) -> bool:
     return "instead_of" in entry
+
+
+def _is_open(entry: dict[str, Any]) -> bool:
+    """Whether the race of a round ended with more than the one that it took."""
+    return len(_within_reach(entry)) > 1
 
 
 def _within_reach(entry: dict[str, Any]) -> list[int]:
