@@ -121,7 +121,7 @@ def test_an_exchange_is_told(run, tmp_path, capsys):
     text = (tmp_path / "report.html").read_text()
     assert f"<td>{close} instead of {first['layer']}</td>" in text
     assert f"<td>{second['layer']} again</td>" in text
-    assert "each earlier choice was raced once more" in text
+    assert "earlier choices were raced once more" in text
     assert text.count(f"<td>{first['layer']}</td>") == 2  # the race's table and the gates'
     print_result(report, tmp_path)
     found = first["judged"][close]

@@ -40,9 +40,9 @@ def of_large_weights(seed):
     return model.eval()
 
 
-def settings(**select):
+def settings(num_layers=3, **select):
     select = {"steps_per_round": 1, "shortlist": 16, **select}
-    return TRSPConfig.from_dict({"num_layers": 3, "data": {"batch": 4}, "select": select})
+    return TRSPConfig.from_dict({"num_layers": num_layers, "data": {"batch": 4}, "select": select})
 
 
 def loss_without(model, tokens, others, layer, judge):
@@ -83,11 +83,19 @@ def test_each_earlier_choice_is_raced_again_with_the_others_gone(tokens, judge, 
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("judge", ["cut", "fold"])
-@pytest.mark.parametrize("after", [1, 2])
-def test_an_interrupted_look_goes_on_where_it_was(tokens, judge, after, tmp_path, monkeypatch):
-    monkeypatch.setattr(race, "REACH", 1e9)
-    model, config = regretful(judge), settings(judge=judge)
+@pytest.mark.parametrize(
+    ("judge", "reach", "layers", "after"),
+    [
+        ("cut", 1e9, 3, 1),
+        ("fold", 1e9, 4, 1),
+        ("fold", 1e9, 4, 2),  # two layers are folded already where it goes on
+        ("fold", 1e9, 4, 3),
+        ("cut", 0.5, 3, 1),  # the second choice was clear, and is looked at because the first one has changed
+    ],
+)
+def test_an_interrupted_look_goes_on_where_it_was(tokens, judge, reach, layers, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "REACH", reach)
+    model, config = regretful(judge), settings(layers, judge=judge)
     want, stop, looks = choose_layers(model, tokens, config), Stop(), []
 
     def listen(kind, _values):
@@ -105,8 +113,23 @@ def test_an_interrupted_look_goes_on_where_it_was(tokens, judge, after, tmp_path
     events = Events(lambda kind, _values: again.append(kind))
     found = choose_layers(model, tokens, config, session=Session(events, keeper=Keeper(StateStore(tmp_path))))
     assert (found.layers, found.rounds, found.window_forwards) == (want.layers, want.rounds, want.window_forwards)
-    assert again.count("exchange") == 2 - after
+    assert again.count("exchange") == layers - 1 - after
     assert again.count("round") == again.count("select_step") == 0
+
+
+def test_what_is_fitted_for_a_look_is_part_of_the_cost(tokens, monkeypatch):
+    monkeypatch.setattr(race, "REACH", 1e9)
+    fits, original = [], StandIns._sums
+
+    def dear(self, places):
+        fits.append(places)
+        self.cost += 10_000 - len(self.tokens)
+        return original(self, places)
+
+    monkeypatch.setattr(StandIns, "_sums", dear)
+    found = choose_layers(regretful("fold"), tokens, settings(4, judge="fold"))
+    assert found.window_forwards // 10_000 == len(fits)
+    assert len(fits) > 4 + 3 + (3 + 2 + 1)  # a round, a look, what is above it, and what below it stays
 
 
 def test_only_those_within_reach_come_back(tokens, monkeypatch):

@@ -16,14 +16,14 @@ from trsp_fast.select.shortlist import bypass_with_stand_ins, fits_counted, race
 
 def exchange(learning: Learning) -> None:
     """Look at all of them, or at those that an interrupted run had still to look at; `learning.chosen` changes."""
-    gates, rounds = learning.gates, [entry for entry in learning.rounds if not _is_look(entry)]
+    rounds = [entry for entry in learning.rounds if not _is_look(entry)]
     looks = list(itertools.takewhile(_is_look, reversed(learning.rounds)))
     gone = looks[0]["position"] if looks else 0  # of a resumed run: those below were folded for its last look
     changed = any(look["layer"] != look["instead_of"] for look in looks)
     positions = range(gone + 1 if looks else 0, learning.count - 1)
     if not _close(learning) or not any(changed or _is_open(rounds[position]) for position in positions):
         return
-    gates.restore(learning.chosen)
+    learning.gates.restore(learning.chosen)
     with ExitStack() as standing:
         bypass_with_stand_ins(learning, learning.chosen[:gone], standing)
         for position in positions:
@@ -37,7 +37,6 @@ def exchange(learning: Learning) -> None:
             learning.chosen = [*learning.chosen[:position], best, *learning.chosen[position + 1 :]]
             learning.index += 1
             learning.session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
-    gates.bypass([layer for layer in learning.chosen if layer not in gates.bypassed])
 
 
 def _best_at(learning: Learning, position: int) -> int:

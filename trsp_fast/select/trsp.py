@@ -92,20 +92,25 @@ def select(model: PreTrainedModel, tokens: Tensor, count: int, config: TRSPConfi
             session.events.note("run.compile is for stage 2 only here: streamed layers are not compiled.")
         during.enter_context(recomputed(model, memory.recomputed))
         begin_or_resume(learning)
-        standing = during.enter_context(ExitStack())
-        if 0 < len(learning.chosen) < count:  # of a resumed run: each was fitted before the next one went
-            gates.restore(learning.chosen)
-            bypass_with_stand_ins(learning, learning.chosen, standing)
-        while (missing := count - len(learning.chosen)) > 0:
-            learn_round(learning)
-            _remove(learning, *_lowest(learning, missing if settings.schedule == "oneshot" else 1), standing)
-            session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
-        standing.close()
-        if settings.exchange and settings.shortlist > 1 and settings.schedule == "iterative":
-            exchange(learning)
+        _choose(learning)
         if settings.train_weights:
             _discard_gates(learning)
     return Selection(learning.chosen, learning.history, learning.cost, learning.rounds)
+
+
+def _choose(learning: Learning) -> None:
+    """Round by round, or what an interrupted run had still to do; then the second look."""
+    settings, session = learning.config, learning.session
+    with ExitStack() as standing:
+        if 0 < len(learning.chosen) < learning.count:  # of a resumed run: each was fitted before the next one went
+            learning.gates.restore(learning.chosen)
+            bypass_with_stand_ins(learning, learning.chosen, standing)
+        while (missing := learning.count - len(learning.chosen)) > 0:
+            learn_round(learning)
+            _remove(learning, *_lowest(learning, missing if settings.schedule == "oneshot" else 1), standing)
+            session.keeper.after_step(lambda: state_of(learning), last=True, size=state_bytes(learning))
+    if settings.exchange and settings.shortlist > 1 and settings.schedule == "iterative":
+        exchange(learning)
 
 
 def _remove(learning: Learning, layers: list[int], stand_ins: dict[int, StandIn], standing: ExitStack) -> None:
