@@ -148,7 +148,7 @@ def test_each_round_takes_the_best_folded_one_on_the_model_that_the_last_one_lef
     monkeypatch.setattr(race, "REACH", 1e9)  # all candidates on all windows
     before, model, chosen = weights(llama), copy.deepcopy(llama), []
     for _ in range(2):
-        alive, losses = [layer for layer in range(6) if layer not in chosen], {}
+        alive, losses = [layer for layer in range(1, 6) if layer not in chosen], {}  # layer 0 has none below it
         with bypassed(model, chosen):
             made = StandIns(model, tokens, Group()).of(alive)
         for layer in alive:
@@ -161,19 +161,21 @@ def test_each_round_takes_the_best_folded_one_on_the_model_that_the_last_one_lef
         if best in made:
             model.model.layers[made[best].below].mlp.down_proj.weight.data += made[best].change.amounts[0]
         chosen.append(best)
-    selection = choose_layers(llama, tokens, settings(exchange=False))
+    selection = choose_layers(llama, tokens, settings(exchange=False, protect_first=1))
     assert selection.layers == chosen
+    assert chosen[0] in selection.rounds[0]["folded"]
     assert selection.rounds[1]["judged"][chosen[1]]["loss"] == pytest.approx(losses[chosen[1]], rel=1e-6)
     assert untouched(llama, before)
-    cut = choose_layers(llama, tokens, settings(judge="cut", exchange=False))
+    cut = choose_layers(llama, tokens, settings(judge="cut", exchange=False, protect_first=1))
     assert cut.rounds[0]["judged"] != selection.rounds[0]["judged"]
     assert {one["windows"] for one in cut.rounds[0]["judged"].values()} == {32}
     assert {one["windows"] for one in selection.rounds[0]["judged"].values()} == {16}
 
 
 def test_a_resumed_choice_goes_on_with_what_stood_for_the_layers_that_went(llama, tokens, tmp_path):
-    config, before = settings(judge="fold"), weights(llama)
+    config, before = settings(judge="fold", protect_first=1), weights(llama)
     want = choose_layers(llama, tokens, config)
+    assert want.layers[0] in want.rounds[0]["folded"]
     stop = Stop()
     events = Events(lambda kind, _values: setattr(stop, "code", 143) if kind == "round" else None)
     with pytest.raises(Interrupted):
