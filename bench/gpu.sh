@@ -5,13 +5,13 @@
 # first (the part `build`, which may be named to run it beside another). Parts joined by + run side by side: only where
 # their times do not matter. Each part ends within its SECONDS (470) by itself and says what it left out. Results go to
 # $OUT (bench/results), what a part printed to $OUT/log_PART.txt, its last lines to the screen. KERNELS, SWEEP, STEP,
-# PROFILE, E2E, SPEED, TRAIN and QUALITY are further options of these parts' commands.
+# PROFILE, STAGES, E2E, SPEED, TRAIN and QUALITY are further options of these parts' commands.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-ALL=(build tests kernels sweep kv step profile e2e speed quality)
+ALL=(build tests kernels sweep kv step profile stages e2e speed quality)
 LIMIT=470
 # Until the package is installed, and where it cannot be: it alone, since kernels/ would hide another package.
 alone=$(mktemp -d)
@@ -92,6 +92,11 @@ part_step() {
 # Where the time of a step of 7B goes.
 part_profile() {
     timeout "$1" "$PYTHON" bench/bench_step.py --device cuda --shapes 7B --samples 16 --profile ${PROFILE:-}
+}
+
+# What choosing and training take beside training on the language modelling loss.
+part_stages() {
+    timeout "$1" "$PYTHON" bench/bench_stages.py --device cuda --shape 1B ${STAGES:-} --json "$OUT/stages_$gpu.json"
 }
 
 # From a 7B in memory to the checkpoint; all weights in stage 2 need 108 GB, so a smaller GPU trains the neighbours.

@@ -218,6 +218,26 @@ def test_the_whole_run_is_measured(tmp_path):
     assert content["seconds"] > sum(content["parts"].values()) > 0
 
 
+def test_both_stages_are_timed(tmp_path):
+    file = tmp_path / "found.json"
+    done = run(
+        "bench_stages.py", "--device", "cpu", "--shape", "tiny", "--samples", 16, "--seq", 32, "--num-layers", 2,
+        "--pairs", 1, "--json", file, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {(row["stage"], row["name"]): row for row in json.loads(file.read_text())["rows"]}
+    for judge in ("fold", "cut"):
+        choice = rows["stage 1", judge]
+        assert len(set(choice["layers"])) == 2
+        assert choice["window_forwards"] > 16
+    training = rows["stage 2", "trsp"]
+    assert 0 < training["fold_seconds"] < training["seconds"] == training["runs"][0]
+    usual = rows["stage 2", "lm-then-cut"]
+    assert usual["ratio"] == 1
+    assert "fold_seconds" not in usual
+    assert training["ratio"] == pytest.approx(training["seconds"] / usual["seconds"], rel=0.01)
+
+
 @pytest.mark.slow
 def test_the_surgery_bench_checks_and_measures(tmp_path):
     file = tmp_path / "surgery.json"

@@ -27,6 +27,8 @@ from trsp_fast.run.events import Events
 from trsp_fast.run.state import Keeper, Stop
 from trsp_fast.transfer import transfer
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
 
 @pytest.fixture
 def tokens():
@@ -55,6 +57,22 @@ def changed(model, before):
     """Names of the parameters that are no longer those of `before`."""
     own = dict(before.named_parameters())
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, own[name])}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_sums_are_those_of_fp64(device, dtype):
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(300, 40, generator=draw).to(device, dtype)
+    d = torch.randn(300, 24, generator=draw).to(device) * torch.logspace(-6, 6, 24).to(device)
+    sums = folding.Sums(40, 24, torch.device(device))
+    for part in (slice(0, 100), slice(100, 300)):
+        sums.add(h[part], d[part], share=0.5)
+    h, d = 0.5 * h.double(), d.double()
+    for found, wanted in ((sums.a, h.T @ h), (sums.b, h.T @ d), (sums.c, d.pow(2).sum())):
+        assert found.dtype == torch.float64
+        error = (found - wanted).norm(dim=0) / wanted.norm(dim=0)  # by column: d's are of very different sizes
+        assert error.max() < 2e-5
 
 
 @pytest.mark.parametrize(("family", "inner"), [("llama", 48), ("gpt2", 129), ("phi", 49)])

@@ -33,7 +33,7 @@ Projection: TypeAlias = nn.Linear | Conv1D  # weights [hidden, n] and [n, hidden
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean square of the projection's inputs
 VALIDATION = 4  # one window in so many judges the ridge
 ENOUGH = 0.9  # of what the best ridge gains: the largest that gains so much is taken, since training goes on from there
-PART_TOKENS = 8192  # in one pass: the projection's inputs are held in fp32
+PART_TOKENS = 8192  # in one pass: the projection's inputs are held, on a CPU in fp32
 TOLERANCE = 0.05  # of a layer's output: bf16 states round what is added to them
 STATES_SHARE = 0.25  # of the free memory that the states of all windows may take
 
@@ -205,9 +205,11 @@ class Sums:
         self.b = torch.zeros(inputs, outputs, dtype=torch.float64, device=place)
         self.c = torch.zeros((), dtype=torch.float64, device=place)
 
-    def add(self, h: Tensor, d: Tensor) -> None:
-        self.a += (h.T @ h).to(self.a.device)
-        self.b += (h.T @ d).to(self.b.device)
+    def add(self, h: Tensor, d: Tensor, share: float) -> None:
+        """Args: h: `[tokens, n]`, to be taken times `share`, in the dtype of the pass. d: `[tokens, hidden]`, fp32."""
+        a, b = products(h, d)
+        self.a.add_(a.to(self.a.device), alpha=share**2)
+        self.b.add_(b.to(self.b.device), alpha=share)
         self.c += d.double().pow(2).sum().to(self.c.device)
 
     def solved(self, ridge: float) -> Tensor | None:
@@ -220,6 +222,26 @@ class Sums:
     def left(self, change: Tensor) -> float:
         """sum |d - h W|^2."""
         return float(self.c - 2 * (change * self.b).sum() + (change * (self.a @ change)).sum())
+
+
+def products(h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """h^T h and h^T d in fp32, of h `[tokens, n]` in any dtype and d `[tokens, hidden]` in fp32.
+
+    A GPU multiplies bf16 numbers more than ten times as fast as fp32 ones, exactly, and adds up in fp32. So h in bf16
+    stays as it is there, and d becomes the sum of two bf16 numbers: 16 of its 24 bits.
+    """
+    if h.dtype == torch.bfloat16 and h.is_cuda:
+        high = d.bfloat16()
+        low = (d - high).bfloat16()
+        of_h, of_high, of_low = (torch.mm(h.T, factor, out_dtype=torch.float32) for factor in (h, high, low))
+        return of_h, of_high + of_low
+    h = h.float()
+    return h.T @ h, h.T @ d
+
+
+def with_ones(h: Tensor) -> Tensor:
+    """`h` `[..., n]` with one more input that is always 1: a bias is its weight."""
+    return torch.cat([h, h.new_ones((*h.shape[:-1], 1))], dim=-1)
 
 
 def best_change(fitting: Sums, judging: Sums, device: torch.device, group: Group) -> Tensor | None:
@@ -360,16 +382,15 @@ class _Folding:
         targets: list[Tensor] = []
         try:
             for part, output in self._outputs(layer):
-                target, h = self._target(part, point), taken["h"].float().view(*output.shape[:2], -1) * share
+                target, h = self._target(part, point), taken["h"].view(*output.shape[:2], -1)
                 if self.untouched is not None:
                     self.untouched.keep(target, point, targets)
-                if with_bias:
-                    h = torch.cat([h, h.new_full((*h.shape[:2], 1), share)], dim=2)
+                h = with_ones(h) if with_bias else h
                 lacking = target.float() - output.float()
                 size += target.double().pow(2).sum().to(place)
-                judges = (self.parts[part] % VALIDATION == VALIDATION - 1).to(self.device)
+                judges = self.parts[part] % VALIDATION == VALIDATION - 1
                 for sums, chosen in ((fitting, ~judges), (judging, judges)):
-                    sums.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
+                    sums.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1), share)
         finally:
             handle.remove()
         if self.untouched is not None:

@@ -30,6 +30,7 @@ from trsp_fast.fold import (
     place_of_sums,
     projections,
     share_of,
+    with_ones,
 )
 from trsp_fast.models.bypass import is_bypassed
 from trsp_fast.models.families import layer_stack
@@ -166,15 +167,14 @@ class StandIns:
                 hooks.callback(module.register_forward_hook(_taker(taken, layer)).remove)
             for rows, _ in self.group.parts(torch.arange(len(self.tokens)), batch):
                 self.model(input_ids=self.tokens[rows].to(self.device), use_cache=False)
-                judges = (rows % VALIDATION == VALIDATION - 1).to(self.device)
+                judges = rows % VALIDATION == VALIDATION - 1
                 for layer, (_, bias, share) in modules.items():
                     entering = tap.taken[layer].float()
                     lacking = tap.taken[after[layer]].float() - entering
-                    h = taken[layer].float().view(*entering.shape[:2], -1) * share
-                    if bias is not None:
-                        h = torch.cat([h, h.new_full((*h.shape[:2], 1), share)], dim=2)
+                    h = taken[layer].view(*entering.shape[:2], -1)
+                    h = h if bias is None else with_ones(h)
                     for some, chosen in zip(sums[layer], (~judges, judges), strict=True):
-                        some.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1))
+                        some.add(h[chosen].flatten(0, 1), lacking[chosen].flatten(0, 1), share)
         self.cost += len(self.tokens)
         self.group.sum([tensor for pair in sums.values() for some in pair for tensor in (some.a, some.b, some.c)])
         return sums
