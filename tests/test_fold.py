@@ -16,10 +16,11 @@ import trsp_fast.fold as folding
 from trsp_fast import cli
 from trsp_fast.config import TRSPConfig
 from trsp_fast.data import with_noise
+from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.session import Session
 from trsp_fast.engine.teacher import InputTap, StoredStates, UntouchedModel
 from trsp_fast.errors import UserError
-from trsp_fast.fold import VALIDATION, fold, fold_points, projections
+from trsp_fast.fold import VALIDATION, Sums, best_change, fold, fold_points, projections
 from trsp_fast.models.gates import bypassed
 from trsp_fast.models.streamed_verify import verify_streamed
 from trsp_fast.models.verify import require, verify_checkpoints
@@ -65,7 +66,7 @@ def test_sums_are_those_of_fp64(device, dtype):
     draw = torch.Generator().manual_seed(0)
     h = torch.randn(300, 40, generator=draw).to(device, dtype)
     d = torch.randn(300, 24, generator=draw).to(device) * torch.logspace(-6, 6, 24).to(device)
-    sums = folding.Sums(40, 24, torch.device(device))
+    sums = Sums(40, 24, torch.device(device))
     for part in (slice(0, 100), slice(100, 300)):
         sums.add(h[part], d[part], share=0.5)
     h, d = 0.5 * h.double(), d.double()
@@ -73,6 +74,25 @@ def test_sums_are_those_of_fp64(device, dtype):
         assert found.dtype == torch.float64
         error = (found - wanted).norm(dim=0) / wanted.norm(dim=0)  # by column: d's are of very different sizes
         assert error.max() < 2e-5
+
+
+@pytest.mark.parametrize("noise", [0.1, 6.0, 15.0])  # with which ridges 1, 3 and 10 are taken
+def test_few_mixtures_of_many_outputs_find_the_ridge(monkeypatch, noise):
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(32, 8, 60, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, 60)
+    d = h @ torch.randn(60, 512, generator=draw, dtype=torch.float64)
+    d += noise * torch.randn(32, 8, 512, generator=draw, dtype=torch.float64)
+    judges, widths, solved = torch.arange(32) % VALIDATION == VALIDATION - 1, [], Sums.solved
+
+    def of(windows):
+        sums, inputs, lacking = Sums(60, 512, torch.device("cpu")), h[windows].flatten(0, 1), d[windows].flatten(0, 1)
+        sums.a, sums.b = inputs.T @ inputs, inputs.T @ lacking
+        return sums
+
+    monkeypatch.setattr(Sums, "solved", lambda self, ridge: widths.append(self.b.shape[1]) or solved(self, ridge))
+    found = best_change(of(~judges), of(judges), torch.device("cpu"), Group())
+    torch.testing.assert_close(found.double(), by_hand(h, d), rtol=0, atol=1e-5)
+    assert widths == [folding.MIXTURES] * len(folding.RIDGES) + [512]
 
 
 @pytest.mark.parametrize(("family", "inner"), [("llama", 48), ("gpt2", 129), ("phi", 49)])

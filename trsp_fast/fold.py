@@ -11,6 +11,8 @@ ReplaceMe (arXiv 2505.02819) fits one linear map behind the projection before on
 own weight is fitted, and that of every later layer too, against what is still lacking there.
 """
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +35,7 @@ Projection: TypeAlias = nn.Linear | Conv1D  # weights [hidden, n] and [n, hidden
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean square of the projection's inputs
 VALIDATION = 4  # one window in so many judges the ridge
 ENOUGH = 0.9  # of what the best ridge gains: the largest that gains so much is taken, since training goes on from there
+MIXTURES = 256  # of a layer's outputs that ridges are compared by; with 32 real models take the same ridges (NOTES.md)
 PART_TOKENS = 8192  # in one pass: the projection's inputs are held, on a CPU in fp32
 TOLERANCE = 0.05  # of a layer's output: bf16 states round what is added to them
 STATES_SHARE = 0.25  # of the free memory that the states of all windows may take
@@ -212,6 +215,18 @@ class Sums:
         self.b.add_(b.to(self.b.device), alpha=share)
         self.c += d.double().pow(2).sum().to(self.c.device)
 
+    def mixed(self) -> "Sums":
+        """With `MIXTURES` mixtures of the outputs in their place, where they are more, to compare ridges by.
+
+        To solve for all outputs is most of the time of a fold. Signs are drawn so that a sum of squares is on average
+        what it was.
+        """
+        outputs, few = self.b.shape[1], copy.copy(self)
+        if outputs > MIXTURES:
+            signs = torch.randint(0, 2, (outputs, MIXTURES), generator=torch.Generator().manual_seed(0)) * 2 - 1
+            few.b = self.b @ (signs / math.sqrt(MIXTURES)).to(self.b)
+        return few
+
     def solved(self, ridge: float) -> Tensor | None:
         """The W `[n, hidden]` of least sum |d - h W|^2 + ridge * mean h^2 * |W|^2."""
         damped = self.a.clone()
@@ -219,9 +234,9 @@ class Sums:
         factor, failed = torch.linalg.cholesky_ex(damped)
         return None if failed else torch.cholesky_solve(self.b, factor)
 
-    def left(self, change: Tensor) -> float:
-        """sum |d - h W|^2."""
-        return float(self.c - 2 * (change * self.b).sum() + (change * (self.a @ change)).sum())
+    def gained(self, change: Tensor) -> float:
+        """sum |d|^2 - sum |d - h W|^2."""
+        return float(2 * (change * self.b).sum() - (change * (self.a @ change)).sum())
 
 
 def products(h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +266,8 @@ def best_change(fitting: Sums, judging: Sums, device: torch.device, group: Group
     """
     change = torch.zeros_like(fitting.b, dtype=torch.float32)
     if group.rank == 0:
-        lacking = float(judging.c)
-        gains = {r: lacking - judging.left(w) for r in RIDGES if (w := fitting.solved(r)) is not None}
+        few, judges = fitting.mixed(), judging.mixed()
+        gains = {ridge: judges.gained(w) for ridge in RIDGES if (w := few.solved(ridge)) is not None}
         most = max(gains.values(), default=0.0)
         if most > 0:
             fitting.a += judging.a
