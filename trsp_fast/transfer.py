@@ -128,8 +128,9 @@ def transfer(
             if isinstance(teacher, StoredStates):  # what was there for the fold alone
                 teacher.inputs = {point: teacher.inputs[point] for point in _points(model, layers, settings)}
             if steps:
+                factors = rate_factors(model, weights, layers, settings.gap_lr)
                 weights = session.group.own(weights)
-                optimizer = make_optimizer(settings.optimizer, weights.values(), settings.lr, (0.9, 0.95))
+                optimizer = make_optimizer(settings.optimizer, weights, settings.lr, (0.9, 0.95), factors)
                 tap = during.enter_context(InputTap(model, _points(model, layers, settings)))
                 run = _Training(
                     model, teacher, tap, settings, session, gates, tokens, order, steps, masters, weights, optimizer
@@ -237,6 +238,21 @@ def trained_weights(model: PreTrainedModel, layers: Sequence[int], settings: Tra
     gone = {p for layer in layers for p in stack.layers[layer].parameters()}
     gone -= {p for layer in range(len(stack)) if layer not in layers for p in stack.layers[layer].parameters()}
     return {name: parameter for name, parameter in named.items() if parameter not in gone}
+
+
+def rate_factors(model: PreTrainedModel, weights: Named, layers: Sequence[int], gap_lr: float) -> dict[str, float]:
+    """By name of a weight its learning rate in units of `transfer.lr`.
+
+    `gap_lr` in the layers next to one that goes, 1 two away, 1 / `gap_lr` from three away on; 1 in those that go, while
+    they are there, and in what is in no layer. A weight of several layers is that of the nearest.
+    """
+    distance: dict[nn.Parameter, int] = {}
+    for index, layer in enumerate(layer_stack(model).layers if layers else ()):
+        nearest = min(abs(index - gone) for gone in layers)
+        for parameter in layer.parameters():
+            distance[parameter] = min(nearest, distance.get(parameter, nearest))
+    powers = {0: 0, 1: 1, 2: 0}
+    return {name: gap_lr ** powers.get(distance.get(parameter, 0), -1) for name, parameter in weights.items()}
 
 
 def _projections_of(model: PreTrainedModel, tokens: Tensor, weights: Named) -> Named:

@@ -14,7 +14,16 @@ from trsp_fast.errors import UserError
 from trsp_fast.select import METHODS
 
 CORE = ("trsp", "trsp-paper", "lm-then-cut", "cut-sleb-lm", "cut-sleb-distill", "cut-shortgpt-distill", "sleb")
-PARTS = ("trsp", "trsp-judge-cut", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden", "trsp-fold", "trsp-untrained")
+PARTS = (
+    "trsp",
+    "trsp-judge-cut",
+    "trsp-even-lr",
+    "trsp-no-noise",
+    "trsp-no-fold",
+    "trsp-no-hidden",
+    "trsp-fold",
+    "trsp-untrained",
+)
 
 # What the optimiser does with the tokens; the same in all arms, whatever a preset says.
 _COMMON = ("epochs", "lr", "warmup", "clip", "optimizer", "trainable")
@@ -26,6 +35,7 @@ _PLAIN: dict[str, Any] = {
     "hidden": 0.0,
     "noise": 0.0,
     "fold": "none",
+    "gap_lr": 1.0,
 }
 _CUT: dict[str, Any] = {**_PLAIN, "gate": "anneal", "hold": 1.0}  # gates at 0 from the first step: bypassed
 _FOLD: dict[str, Any] = {"gate": "anneal", "hold": 1.0, "fold": "alone"}
@@ -75,6 +85,7 @@ def _named() -> dict[str, Arm]:
             {**_PLAIN, "objective": "distill", "gate": "anneal", "hold": 0.3},
         ),
         Arm("trsp-judge-cut", "this configuration, layers judged by their direct cut", {"judge": "cut"}, {}),
+        Arm("trsp-even-lr", "this configuration, all layers at one learning rate", {}, {"gap_lr": 1.0}),
         Arm("trsp-no-noise", "this configuration, on the text as it is", {}, {"noise": 0.0}),
         Arm("trsp-no-fold", "this configuration, trained from the direct cut", {}, {"fold": "none"}),
         Arm("trsp-no-hidden", "this configuration, imitating logits alone", {}, {"hidden": 0.0}),

@@ -1,7 +1,8 @@
 """Optimisers that skip a step on the device, and their states by name."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,25 @@ Named = dict[str, nn.Parameter]
 
 # Bytes of state per trained weight: two moments in fp32, or in 8 bits with one fp32 scale for 256 of them.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 2 * 4 / 256}
+FACTOR = "factor"  # of a parameter group: what its learning rate is in units of the optimiser's
 
 
 def make_optimizer(
-    kind: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
+    kind: str, named: Named, lr: float, betas: tuple[float, float], factors: Mapping[str, float]
 ) -> torch.optim.Optimizer:
     """`adamw`, or `adamw8bit`: torchao's, which keeps the moments of large weights in 8 bits.
+
+    Args:
+        factors: by name of a weight its learning rate in units of `lr`; 1 where there is none.
 
     Raises:
         UserError: torchao is not installed.
     """
     require_optimizer(kind)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    parameters = [{"params": group, "lr": lr * factor, FACTOR: factor} for factor, group in groups.items()]
     if kind == "adamw":
         return adamw(parameters, lr, betas)
     from torchao.optim import AdamW8bit
@@ -51,13 +60,16 @@ def require_optimizer(kind: str) -> None:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The learning rate of the next steps. torchao keeps it in a tensor, which must stay the same one."""
     for group in optimizer.param_groups:
+        own = rate * group.get(FACTOR, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def adamw(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
     """AdamW without weight decay, fused: one pass over the weights, and a step that can be called off on the device."""
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
 
@@ -101,7 +113,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, tensors
     """
     if not tensors:
         return
-    rate = float(optimizer.param_groups[0]["lr"])
+    first = optimizer.param_groups[0]
+    rate = float(first["lr"]) / first.get(FACTOR, 1.0)
     set_rate(optimizer, 0.0)
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
