@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "results.md"
 # what was done before a setting existed
-BEFORE = {"fold": "none", "hidden_schedule": "constant", "noise": 0.0, "samples": 0}
+BEFORE = {"fold": "none", "hidden_schedule": "constant", "noise": 0.0, "gap_lr": 1.0, "samples": 0}
 PLOTS = ROOT / "docs" / "plots"
 
 INTRODUCTION = """# Results
