@@ -176,7 +176,7 @@ def _at_rates(name: str) -> list[AtRates]:
 
 def parts() -> str:
     """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
-    names = ("trsp-judge-cut", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
+    names = ("trsp-judge-cut", "trsp-even-lr", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
     lines = [
         "| model | removed | `trsp` | " + " | ".join(f"`{name}`" for name in names) + " |",
         "|---" * (3 + len(names)) + "|",

@@ -22,7 +22,9 @@ bench/compare_all.py`; where rows or seconds of several runs stand in one file, 
 table is made from its numbers. In one table all arms that train have the same tokens in the same order, the same
 passes, optimiser, learning rate, warm-up and clipping; a row says what they minimise and when the layers leave. Of
 the tokens that `trsp` imitates on a tenth are replaced (`transfer.noise`, part of the method); the arms with `lm` or
-`distill` in their names see the text as it is, unless `noise` follows.
+`distill` in their names see the text as it is, unless `noise` follows. The rate is `transfer.lr`; in `trsp` and what
+trains as it does the layers next to a gap learn at twice, those three away or more at half of it (`transfer.gap_lr`,
+part of the method).
 Perplexity is on text that nothing was calibrated on, in brackets the smallest and largest seed. *Minus trsp* is the
 mean of the differences to `trsp` on the same seed: above zero `trsp` is better. *Forwards* is the cost of the choice
 in forward passes of one window, a backward pass counting two. The last table says what an arm is. The learning rate
@@ -33,14 +35,14 @@ What to hold against these tables: the models of Python sources are calibrated o
 in the tables of *Python sources that the model was not trained on*: there nine tenths of the held-out files calibrate
 and the last tenth is evaluated. Those files are the ones by which the defaults were chosen. In both kinds more
 language modelling on so few tokens harms held-out text (`dense-lm` against `dense`), which handicaps every `-lm` arm.
-The defaults of `trsp` (passes, learning rate, weight of hidden states, noise, how the fold is damped) were chosen on
+The defaults of `trsp` (passes, learning rates, weight of hidden states, noise, how the fold is damped) were chosen on
 the built-in model, stories260K and gpt2-8, by one seed of their held-out text, the noise also by the text of the other
-domain, and on qwen3-10; the rivals have the same passes and rate (README has `trsp` and the best of them at other
-rates). An earlier table of llama-16 was known when hidden states and the fold got their defaults, and tried with
-others (NOTES.md); they were not chosen by it. qwen3-10 came after all but the noise. Where a table was made with other
-settings than today's, it says which. On models whose calibration text was trained on, `transfer.fold=none` ended 0.7
-to 1.4% lower before the noise came; with it 0.5% lower at most, on the models where both were run (NOTES.md, "Noise in
-what is imitated"; not llama-16).
+domain, noise and `transfer.gap_lr` on qwen3-10 too; the rivals have the same passes and `transfer.lr` (README has
+`trsp` and the best of them at other ones). An earlier table of llama-16 was known when hidden states and the fold got
+their defaults, and tried with others (NOTES.md); they were not chosen by it. qwen3-10 came after all but those two.
+Where a table was made with other settings than today's, it says which. On models whose calibration text was trained
+on, `transfer.fold=none` ended 0.7 to 1.4% lower before the noise came; with it 0.5% lower at most, on the models where
+both were run (NOTES.md, "Noise in what is imitated"; not llama-16).
 
 Small models say little about large ones: nothing here was measured on a model above 27 million parameters.
 """
