@@ -117,34 +117,37 @@ def _percent(values: list[float]) -> str:
     return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
+AT_RATES = "trsp-even-lr"  # the rate of all its layers is the one that the rivals have
+
+
 def rates() -> str:
-    """`trsp` and the best rival that trains at several learning rates, on the same seeds; not every rate was run."""
+    """`AT_RATES` and the best rival that trains at several rates, on the same seeds; not every rate was run."""
     names = sorted({file.stem.split("_")[1] for file in RESULTS.glob("rate_*.json")})
     rows = [row for name in names for row in _at_rates(name)]
-    used = sorted({rate for row in rows for rate in row.trsp})
+    used = sorted({rate for row in rows for rate in row.ours})
     lines = [
-        "| model | removed | seeds | " + " | ".join(f"`trsp`, {r:g} | best rival, {r:g}" for r in used) + " |",
+        "| model | removed | seeds | " + " | ".join(f"`{AT_RATES}`, {r:g} | best rival, {r:g}" for r in used) + " |",
         "|" + "---|" * (3 + 2 * len(used)),
     ]
     won = 0
     for row in rows:
         cells = [row.model, row.removed, str(row.seeds)]
         for rate in used:
-            found = rate in row.trsp
-            cells += [f"{row.trsp[rate]:,.2f}", "{:,.2f} (`{}`)".format(*row.rival[rate])] if found else ["-", "-"]
+            found = rate in row.ours
+            cells += [f"{row.ours[rate]:,.2f}", "{:,.2f} (`{}`)".format(*row.rival[rate])] if found else ["-", "-"]
         lines.append("| " + " | ".join(cells) + " |")
-        won += min(row.trsp.values()) < min(row.rival.values())[0]
-    said = f"Each with the best of its rates, `trsp` is lower than every rival in {won} of {len(rows)} rows."
+        won += min(row.ours.values()) < min(row.rival.values())[0]
+    said = f"Each with the best of its rates, `{AT_RATES}` is lower than every rival in {won} of {len(rows)} rows."
     return "\n".join(lines) + f"\n\n{said}"
 
 
 class AtRates(NamedTuple):
-    """Of one model and number of removed layers, by rate: mean of `trsp`, and the best rival's with its name."""
+    """Of one model and number of removed layers, by rate: mean of `AT_RATES`, and the best rival's with its name."""
 
     model: str
     removed: str
     seeds: int
-    trsp: dict[float, float]
+    ours: dict[float, float]
     rival: dict[float, tuple[float, str]]
 
 
@@ -156,19 +159,19 @@ def _at_rates(name: str) -> list[AtRates]:
     found: dict[tuple[int, str, int], dict[float, float]] = {}
     for rate, content in at.items():
         for row in content["arms"]:
-            if row["tokens"] and (row["arm"] == "trsp" or is_rival(row["arm"])):
+            if row["tokens"] and (row["arm"] == AT_RATES or is_rival(row["arm"])):
                 found.setdefault((row["removed"], row["arm"], row["seed"]), {})[rate] = row["perplexity"]
     everywhere = {key: values for key, values in found.items() if len(values) == len(at)}
     rows = []
     for removed in sorted({removed for removed, _, _ in everywhere}):
         here = {(arm, seed): values for (count, arm, seed), values in everywhere.items() if count == removed}
-        seeds = {seed for arm, seed in here if arm == "trsp"}
+        seeds = {seed for arm, seed in here if arm == AT_RATES}
         means = {
             arm: {rate: mean(here[arm, seed][rate] for seed in seeds) for rate in at}
             for arm in {arm for arm, _ in here}
             if all((arm, seed) in here for seed in seeds)
         }
-        ours = means.pop("trsp")
+        ours = means.pop(AT_RATES)
         best_of = {rate: min((values[rate], arm) for arm, values in means.items()) for rate in ours}
         rows.append(AtRates(name, f"{removed} of {contents[0]['layers']}", len(seeds), ours, best_of))
     return rows

@@ -54,14 +54,14 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
         content = {"config": {"transfer": {"lr": rate}}, "layers": 8, "arms": rows}
         (tmp_path / name).write_text(json.dumps(content))
 
-    write("compare_small.json", 5e-4, trsp=[10, 99], cut_sleb_lm=[11, 99], cut_last_lm=[5, 5])
-    write("rate_small_0.001.json", 1e-3, trsp=[9], cut_sleb_lm=[8, 7], cut_sleb_imitate=[1])
+    write("compare_small.json", 5e-4, trsp_even_lr=[10, 99], cut_sleb_lm=[11, 99], cut_last_lm=[5, 5])
+    write("rate_small_0.001.json", 1e-3, trsp_even_lr=[9], cut_sleb_lm=[8, 7], cut_sleb_imitate=[1])
     table = comparison_tables.rates()
     assert "| small | 2 of 8 | 1 | 10.00 | 11.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) |" in table
     assert table.endswith("lower than every rival in 0 of 1 rows.")
-    write("rate_small_0.0005.json", 5e-4, trsp=[7], cut_sleb_lm=[12])  # another training of the model
-    write("compare_other.json", 5e-4, trsp=[3, 3], cut_sleb_lm=[4, 4], cut_last_lm=[1])
-    write("rate_other_0.002.json", 2e-3, trsp=[2, 2], cut_sleb_lm=[3, 3], cut_last_lm=[1])
+    write("rate_small_0.0005.json", 5e-4, trsp_even_lr=[7], cut_sleb_lm=[12])  # another training of the model
+    write("compare_other.json", 5e-4, trsp_even_lr=[3, 3], cut_sleb_lm=[4, 4], cut_last_lm=[1])
+    write("rate_other_0.002.json", 2e-3, trsp_even_lr=[2, 2], cut_sleb_lm=[3, 3], cut_last_lm=[1])
     table = comparison_tables.rates()
     assert "| other | 2 of 8 | 2 | 3.00 | 4.00 (`cut-sleb-lm`) | - | - | 2.00 | 3.00 (`cut-sleb-lm`) |" in table
     assert "| small | 2 of 8 | 1 | 7.00 | 12.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) | - | - |" in table
