@@ -181,15 +181,15 @@ def parts() -> str:
     """What it costs to leave a part of the method out, held-out and on the other domain, on the same seeds."""
     names = ("trsp-judge-cut", "trsp-even-lr", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden")
     lines = [
-        "| model | removed | `trsp` | " + " | ".join(f"`{name}`" for name in names) + " |",
-        "|---" * (3 + len(names)) + "|",
+        "| model | removed | tokens | `trsp` | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---" * (4 + len(names)) + "|",
     ]
     for file in sorted(RESULTS.glob("compare_*.json")):
         content = json.loads(file.read_text())
         found = {(entry.removed, entry.arm): entry for entry in summaries(content["arms"])}
         for removed in sorted({removed for removed, arm in found if arm in names}):
             whole = found[removed, "trsp"]
-            cells = [subject(file, content), f"{removed} of {content['layers']}"]
+            cells = [subject(file, content), f"{removed} of {content['layers']}", f"{whole.tokens:,}"]
             cells.append(f"{whole.perplexity[0]:,.2f}" + _beside(whole.perplexity_other, "{:,.1f}"))
             for name in names:
                 one = found.get((removed, name))

@@ -41,7 +41,7 @@ domain, noise and `transfer.gap_lr` on qwen3-10 too; the rivals have the same pa
 `trsp` and the best of them at other ones). An earlier table of llama-16 was known when hidden states and the fold got
 their defaults, and tried with others (NOTES.md); they were not chosen by it. qwen3-10 came after all but those two.
 Where a table was made with other settings than today's, it says which. On models whose calibration text was trained
-on, `transfer.fold=none` ended 0.7 to 1.4% lower before the noise came; with it 0.5% lower at most, on the models where
+on, `transfer.fold=none` ended 0.7 to 1.4% lower before the noise came; with it 0.7% lower at most, on the models where
 both were run (NOTES.md, "Noise in what is imitated"; not llama-16).
 
 Small models say little about large ones: nothing here was measured on a model above 27 million parameters.
