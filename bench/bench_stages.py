@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,14 @@ from transformers import PreTrainedModel
 from trsp_fast.compare.arms import ARMS
 from trsp_fast.config import TRSPConfig, merge, parse_setting
 from trsp_fast.data import load_streams
+from trsp_fast.errors import UserError
 from trsp_fast.models.checkpoint import load_model, load_tokenizer
 from trsp_fast.models.families import layer_stack
 from trsp_fast.run.events import Events
 from trsp_fast.select import choose_layers
 from trsp_fast.transfer import transfer
 
-SELECT: dict[str, dict[str, Any]] = {"fold": {}, "fold, no second look": {"exchange": False}, "cut": {"judge": "cut"}}
+SELECT: dict[str, dict[str, Any]] = {"fold": {}, "fold-no-exchange": {"exchange": False}, "cut": {"judge": "cut"}}
 TRANSFER = ("trsp", "trsp-no-fold", "trsp-fold", "lm-then-cut", "cut-sleb-lm")
 WARM = 8  # windows
 
@@ -38,11 +40,15 @@ WARM = 8  # windows
 def main() -> None:
     arguments = parse()
     fresh, tokens = subject_of(arguments)
-    base = TRSPConfig.from_dict(merge({"num_layers": arguments.num_layers}, *map(parse_setting, arguments.set)))
+    try:
+        base = TRSPConfig.from_dict(merge({"num_layers": arguments.num_layers}, *map(parse_setting, arguments.set)))
+        base.layer_count(len(layer_stack(fresh())))
+    except UserError as error:
+        sys.exit(str(error))
     calls = {("stage 1", name): one_choice(base, changes) for name, changes in SELECT.items()}
     for arm in TRANSFER:
         calls["stage 2", arm] = one_training(ARMS[arm].config(base, base.seed), arguments.num_layers)
-    calls = {key: call for key, call in calls.items() if not arguments.only or key[1] in arguments.only.split(",")}
+    calls = {key: call for key, call in calls.items() if key[1] in arguments.only.split(",")}
     found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     facts: dict[tuple[str, str], dict[str, Any]] = {}
     for run in range(arguments.pairs + 1):
@@ -141,10 +147,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--only", help="some rows, by name: fold, cut, trsp, lm-then-cut, ...")
+    parser.add_argument("--only", default=",".join((*SELECT, *TRANSFER)), help="some rows, by name: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--json")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.only.split(",") if name not in (*SELECT, *TRANSFER)]:
+        parser.error(f"--only has {unknown[0]!r}; give some of {', '.join((*SELECT, *TRANSFER))}.")
+    if arguments.pairs < 1:
+        parser.error(f"--pairs is {arguments.pairs}; give 1 or more.")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ def _at_rates(name: str) -> list[AtRates]:
     for removed in sorted({removed for removed, _, _ in everywhere}):
         here = {(arm, seed): values for (count, arm, seed), values in everywhere.items() if count == removed}
         seeds = {seed for arm, seed in here if arm == AT_RATES}
+        if not seeds:
+            continue
         means = {
             arm: {rate: mean(here[arm, seed][rate] for seed in seeds) for rate in at}
             for arm in {arm for arm, _ in here}

@@ -222,7 +222,7 @@ def test_both_stages_are_timed(tmp_path):
     file = tmp_path / "found.json"
     done = run(
         "bench_stages.py", "--device", "cpu", "--shape", "tiny", "--samples", 16, "--seq", 32, "--num-layers", 2,
-        "--pairs", 1, "--json", file, OMP_NUM_THREADS="1",
+        "--pairs", 1, "--only", "fold,cut,trsp,lm-then-cut", "--json", file, OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {(row["stage"], row["name"]): row for row in json.loads(file.read_text())["rows"]}
@@ -236,6 +236,22 @@ def test_both_stages_are_timed(tmp_path):
     assert usual["ratio"] == 1
     assert "fold_seconds" not in usual
     assert training["ratio"] == pytest.approx(training["seconds"] / usual["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "nosuch"], "--only has 'nosuch'; give some of fold, "),
+        (["--pairs", "0"], "--pairs is 0; give 1 or more."),
+        (["--num-layers", "9"], "9 of 5 layers"),
+        (["--set", "transfer.gap_lr=0.5"], "transfer.gap_lr is 0.5"),
+    ],
+)
+def test_what_cannot_be_timed_is_one_sentence(arguments, words):
+    done = run("bench_stages.py", "--device", "cpu", "--shape", "tiny", "--samples", 8, "--seq", 32, *arguments)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -312,6 +312,10 @@ def test_a_weight_of_several_layers_has_the_rate_of_the_nearest(llama):
     assert {factors[name] for name in factors if name.startswith("model.layers.2.mlp")} == {2.0}
     assert {factors[name] for name in factors if name.startswith("model.layers.5.")} == {0.5}
     assert set(rate_factors(llama, dict(llama.named_parameters()), [], 2.0).values()) == {1.0}
+    llama.model.layers[4].mlp = llama.model.layers[3].mlp  # one that goes has no say
+    factors = rate_factors(llama, dict(llama.named_parameters()), [3], 2.0)
+    assert {factors[name] for name in factors if name.startswith("model.layers.3.mlp")} == {2.0}
+    assert {factors[name] for name in factors if name.startswith("model.layers.3.self_attn")} == {1.0}
 
 
 def test_no_epochs_no_change(llama, tokens):

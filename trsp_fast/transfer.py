@@ -244,12 +244,12 @@ def rate_factors(model: PreTrainedModel, weights: Named, layers: Sequence[int], 
     """By name of a weight its learning rate in units of `transfer.lr`.
 
     `gap_lr` in the layers next to one that goes, 1 two away, 1 / `gap_lr` from three away on; 1 in those that go, while
-    they are there, and in what is in no layer. A weight of several layers is that of the nearest.
+    they are there, and in what is in no layer. A weight of several layers that stay is that of the nearest.
     """
     distance: dict[nn.Parameter, int] = {}
-    for index, layer in enumerate(layer_stack(model).layers if layers else ()):
-        nearest = min(abs(index - gone) for gone in layers)
-        for parameter in layer.parameters():
+    for index, layer in enumerate(layer_stack(model).layers):
+        nearest = min((abs(index - gone) for gone in layers), default=0)
+        for parameter in layer.parameters() if nearest else ():
             distance[parameter] = min(nearest, distance.get(parameter, nearest))
     powers = {0: 0, 1: 1, 2: 0}
     return {name: gap_lr ** powers.get(distance.get(parameter, 0), -1) for name, parameter in weights.items()}
