@@ -17,7 +17,7 @@ SETTINGS = {
     "default": {
         "num_layers": 2,
         "select": {"steps_per_round": 3},
-        "transfer": {"epochs": 2, "lr": 2.5e-4, "hold": 0.5, "lambda2": 1.0},
+        "transfer": {"epochs": 2, "lr": 5e-4, "gap_lr": 1.0, "hold": 0.5, "lambda2": 1.0},
     },
     # Adam and weights trained in stage 1, no distillation, norms that stay: gradients of all kinds
     "paper": {
