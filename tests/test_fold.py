@@ -67,7 +67,7 @@ def test_sums_are_those_of_fp64(device, dtype):
     h = torch.randn(300, 40, generator=draw).to(device, dtype)
     d = torch.randn(300, 24, generator=draw).to(device) * torch.logspace(-6, 6, 24).to(device)
     sums = Sums(40, 24, torch.device(device))
-    for part in (slice(0, 100), slice(100, 300)):
+    for part in (slice(0, 100), slice(100, 100), slice(100, 300)):  # a part may have no window that judges
         sums.add(h[part], d[part], share=0.5)
     h, d = 0.5 * h.double(), d.double()
     for found, wanted in ((sums.a, h.T @ h), (sums.b, h.T @ d), (sums.c, d.pow(2).sum())):
@@ -76,12 +76,12 @@ def test_sums_are_those_of_fp64(device, dtype):
         assert error.max() < 2e-5
 
 
-@pytest.mark.parametrize("noise", [0.1, 6.0, 15.0])  # with which ridges 1, 3 and 10 are taken
+@pytest.mark.parametrize("noise", [0.1, 9.0, 24.0])  # with which ridges 1, 3 and 10 are taken
 def test_few_mixtures_of_many_outputs_find_the_ridge(monkeypatch, noise):
     draw = torch.Generator().manual_seed(0)
     h = torch.randn(32, 8, 60, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, 60)
     d = h @ torch.randn(60, 512, generator=draw, dtype=torch.float64)
-    d += noise * torch.randn(32, 8, 512, generator=draw, dtype=torch.float64)
+    d[..., 256:] += noise * torch.randn(32, 8, 256, generator=draw, dtype=torch.float64)  # any mixture has some of it
     judges, widths, solved = torch.arange(32) % VALIDATION == VALIDATION - 1, [], Sums.solved
 
     def of(windows):

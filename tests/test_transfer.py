@@ -297,7 +297,9 @@ def test_a_resumed_optimiser_keeps_the_rates_of_its_layers(llama, tokens, kind):
     assert {layer_of(name): factor for name, factor in factors.items()} == {
         None: 1, 0: 1, 1: 2, 2: 1, 3: 2, 4: 1, 5: 0.5
     }  # fmt: skip
+    named = dict(sorted(named.items(), key=lambda item: layer_of(item[0]) != 1))
     optimizer, other = (make_optimizer(kind, named, 1e-3, (0.9, 0.95), factors) for _ in range(2))
+    assert sorted(float(group["lr"]) for group in other.param_groups) == pytest.approx([5e-4, 1e-3, 2e-3])
     llama(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     load_optimizer_state(other, named, optimizer_state(optimizer, named))
@@ -312,6 +314,8 @@ def test_a_weight_of_several_layers_has_the_rate_of_the_nearest(llama):
     assert {factors[name] for name in factors if name.startswith("model.layers.2.mlp")} == {2.0}
     assert {factors[name] for name in factors if name.startswith("model.layers.5.")} == {0.5}
     assert set(rate_factors(llama, dict(llama.named_parameters()), [], 2.0).values()) == {1.0}
+    factors = rate_factors(llama, dict(llama.named_parameters()), [0, 4], 2.0)  # the nearest gap counts
+    assert {layer_of(name): factor for name, factor in factors.items()} == {None: 1, 0: 1, 1: 2, 2: 1, 3: 2, 4: 1, 5: 2}
     llama.model.layers[4].mlp = llama.model.layers[3].mlp  # one that goes has no say
     factors = rate_factors(llama, dict(llama.named_parameters()), [3], 2.0)
     assert {factors[name] for name in factors if name.startswith("model.layers.3.mlp")} == {2.0}

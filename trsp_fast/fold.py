@@ -12,7 +12,6 @@ own weight is fitted, and that of every later layer too, against what is still l
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -218,13 +217,13 @@ class Sums:
     def mixed(self) -> "Sums":
         """With `MIXTURES` mixtures of the outputs in their place, where they are more, to compare ridges by.
 
-        To solve for all outputs is most of the time of a fold. Signs are drawn so that a sum of squares is on average
-        what it was.
+        To solve for all outputs is most of the time of a fold. With signs drawn at random what every ridge gains grows
+        by the same factor, on average.
         """
         outputs, few = self.b.shape[1], copy.copy(self)
         if outputs > MIXTURES:
             signs = torch.randint(0, 2, (outputs, MIXTURES), generator=torch.Generator().manual_seed(0)) * 2 - 1
-            few.b = self.b @ (signs / math.sqrt(MIXTURES)).to(self.b)
+            few.b = self.b @ signs.to(self.b)
         return few
 
     def solved(self, ridge: float) -> Tensor | None:

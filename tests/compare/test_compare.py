@@ -90,12 +90,24 @@ def test_arms_say_what_is_minimised_and_when_layers_leave():
     assert of["cut-sleb-imitate"].transfer == base.transfer
 
 
+def test_rivals_have_one_rate_for_all_layers():
+    base = TRSPConfig.from_dict({"num_layers": 1, "transfer": {"gap_lr": 3.0}})
+    ours = {name for name, arm in ARMS.items() if arm.transfer is not None and arm.config(base, 0).transfer.gap_lr == 3}
+    trained_as_ours = {"trsp", "trsp-oneshot", "trsp-judge-cut", "trsp-no-noise", "trsp-no-fold", "trsp-no-hidden"}
+    assert {name for name in ours if name.startswith("trsp") and name != "trsp-fold"} == trained_as_ours
+    assert all(name.startswith("trsp") or name.endswith(("-imitate", "-fold")) for name in ours)
+    rest = [arm.config(base, 0).transfer.gap_lr for name, arm in ARMS.items() if arm.transfer and name not in ours]
+    assert set(rest) == {1.0}
+
+
 def test_the_parts_are_left_out_one_at_a_time():
     base = TRSPConfig(num_layers=2)
     for part, without in {"noise": 0.0, "fold": "none", "hidden": 0.0}.items():
         arm = next(arm for arm in chosen_arms("parts") if arm.name == f"trsp-no-{part}")
         assert arm.config(base, 0) == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": {part: without}}))
         assert arm.config(base, 0) != base
+    even = next(arm for arm in chosen_arms("parts") if arm.name == "trsp-even-lr").config(base, 0)
+    assert even == TRSPConfig.from_dict(merge(base.to_dict(), {"transfer": {"gap_lr": 1.0}})) != base
     judged_by_cut = TRSPConfig.from_dict(merge(base.to_dict(), {"select": {"judge": "cut"}}))
     assert next(arm for arm in chosen_arms("parts") if arm.name == "trsp-judge-cut").config(base, 0) == judged_by_cut
     assert judged_by_cut != base

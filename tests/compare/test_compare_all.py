@@ -66,6 +66,9 @@ def test_rates_are_compared_on_the_arms_and_seeds_that_all_have(tmp_path, monkey
     assert "| other | 2 of 8 | 2 | 3.00 | 4.00 (`cut-sleb-lm`) | - | - | 2.00 | 3.00 (`cut-sleb-lm`) |" in table
     assert "| small | 2 of 8 | 1 | 7.00 | 12.00 (`cut-sleb-lm`) | 9.00 | 8.00 (`cut-sleb-lm`) | - | - |" in table
     assert table.endswith("lower than every rival in 2 of 2 rows.")
+    write("compare_bare.json", 5e-4, trsp=[3], cut_sleb_lm=[4])  # nothing of ours to compare
+    write("rate_bare_0.002.json", 2e-3, trsp=[2], cut_sleb_lm=[3])
+    assert comparison_tables.rates() == table
 
 
 def test_a_choice_is_held_against_slebs_of_the_same_seed(tmp_path, monkeypatch):
