@@ -1,8 +1,8 @@
-"""The ridge regression of trsp_fast.fold, written out."""
+"""The regression of trsp_fast.ridge, written out."""
 
 import torch
 
-from trsp_fast.fold import RIDGES, VALIDATION
+from trsp_fast.ridge import RIDGES, VALIDATION
 
 
 def by_hand(inputs, lacking):

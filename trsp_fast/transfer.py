@@ -30,13 +30,14 @@ from trsp_fast.engine.session import Session
 from trsp_fast.engine.streak import Streak
 from trsp_fast.engine.teacher import InputTap, StoredStates, Teacher, UntouchedModel, hidden_distance
 from trsp_fast.errors import UserError
-from trsp_fast.fold import VALIDATION, fold, fold_points, projections
+from trsp_fast.fold import fold, fold_points, projections
 from trsp_fast.models.compiled import compiled_layers
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.gates import LayerGates
 from trsp_fast.models.gathering import own_rows
 from trsp_fast.models.recompute import recomputed
+from trsp_fast.ridge import VALIDATION
 from trsp_fast.run.events import Events
 from trsp_fast.run.state import State, fitting
 

@@ -19,23 +19,12 @@ from transformers import PreTrainedModel
 from trsp_fast.engine.distributed import Group
 from trsp_fast.engine.objective import INFERENCE_BATCH
 from trsp_fast.engine.teacher import InputTap
-from trsp_fast.fold import (
-    PART_TOKENS,
-    VALIDATION,
-    Change,
-    Projection,
-    Sums,
-    best_change,
-    input_size,
-    place_of_sums,
-    projections,
-    share_of,
-    with_ones,
-)
+from trsp_fast.fold import PART_TOKENS, Change, Projection, input_size, place_of_sums, projections, share_of
 from trsp_fast.models.bypass import is_bypassed
 from trsp_fast.models.families import layer_stack
 from trsp_fast.models.free_memory import free_memory
 from trsp_fast.models.prefix import Prefix
+from trsp_fast.ridge import VALIDATION, Sums, best_change, with_ones
 
 WINDOWS = 32  # at most that the changes are fitted to, and not more than half
 SUMS_SHARE = 0.25  # of the free memory that the sums of several layers may take
