@@ -44,7 +44,7 @@ def run(tmp_path_factory, tokens):
         "num_layers": 2,
         "data": {"batch": 4},
         "select": {"steps_per_round": 2, "exchange": False},
-        "transfer": {"epochs": 2, "noise": 0.1},
+        "transfer": {"epochs": 2, "noise": 0.1, "gap_lr": 4.0},
     }
     about = {"data": "text.txt", "evaluation_data": "the rest", "command": "trsp-fast prune `x` --num-layers 2"}
     config = trsp.TRSPConfig.from_dict(settings)
@@ -83,7 +83,11 @@ def test_the_page_of_a_run_has_every_plot(run):
     assert text.count("<svg") == 5
     page = Page()
     page.feed(text)
-    assert "licence of the source: a-licence" in " ".join(" ".join(page.text).split())
+    words = " ".join(" ".join(page.text).split())
+    assert "licence of the source: a-licence" in words
+    assert (
+        "next to a removed one learned at 4 times the learning rate, those three or more away at 0.25 times." in words
+    )
     assert not re.search(r'(?:src|href)="(?!#)|@import|url\((?!#)', text)
 
 
